@@ -1,0 +1,183 @@
+"""Keys and values for ragged rows. There is no rollback: windows are written past `lengths`, and `commit` moves `lengths`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from .errors import CacheError
+from .state import Window
+
+BUCKET = 64
+"""Slots are reserved, and looked at, in multiples of this."""
+
+
+class KVCacheManager(ABC):
+    """Keys and values of one model, for B rows.
+
+    `window` hands out the slots past `lengths`, `commit` moves `lengths`, and what was not committed is overwritten by the next
+    window:
+
+        lengths 4   slots  k k k k | w w w w      window(4)  writes w, moves nothing
+        commit 2    slots  k k k k k k | . .      lengths 6
+
+    lengths  (B,) int64 on the device; `commit` is the only method that changes it
+    """
+
+    lengths: Tensor
+
+    @abstractmethod
+    def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
+        """Positions (B, T), mask and the transformers Cache for the T = num_tokens slots past `lengths + offset`.
+
+        offset (B,) int64 skips slots that the last window wrote and nobody committed yet; none: 0.
+        """
+
+    @abstractmethod
+    def commit(self, counts: Tensor) -> None:
+        """Keep the first counts[b] tokens past `lengths` in row b. counts (B,), 0 <= counts <= what was written."""
+
+    @abstractmethod
+    def reserve(self, num_slots: int) -> None:
+        """Make sure that windows up to slot `num_slots` fit."""
+
+
+class CacheLayout:
+    """What a manager must know of a model: its layer types, their windows and its attention implementation."""
+
+    def __init__(self, windows: Mapping[str, int | None], attention: str, dtype: torch.dtype) -> None:
+        self.windows, self.attention, self.dtype = dict(windows), attention, dtype
+
+    def mask(self, positions: Tensor, num_slots: int) -> Tensor | dict[str, Tensor]:
+        """positions (B, T) -> (B, 1, T, num_slots): a slot is seen from its own position on, while the window reaches it.
+
+        positions 2 3     slots 0 1 2 3        full 1 1 1 0     sliding 2  0 1 1 0
+                                                    1 1 1 1                0 0 1 1
+        """
+        masks = {name: self._mask(positions, num_slots, window) for name, window in self.windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, positions: Tensor, num_slots: int, window: int | None) -> Tensor:
+        distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        if self.attention == "sdpa":
+            return seen
+        return torch.where(seen, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
+
+
+class RaggedCache(KVCacheManager):
+    """Static slots and per-row lengths: O(1) commit, no copy, any batch.
+
+    Slots grow in buckets when `reserve` asks for more; sliding layers keep all slots and have their window in the mask.
+    """
+
+    def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
+        self.layout = layout
+        self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.num_slots = 0
+        self._slots = _Slots(num_rows, device)
+        self._cache = Cache(layers=[_RaggedLayer(self._slots) for _ in range(num_layers)])
+
+    def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
+        start = self.lengths if offset is None else self.lengths + offset
+        positions = start[:, None] + torch.arange(num_tokens, device=start.device)
+        self._slots.written, self._slots.num_visible = positions, self.num_slots
+        return Window(positions, self.layout.mask(positions, self.num_slots), self._cache)
+
+    def commit(self, counts: Tensor) -> None:
+        self.lengths = self.lengths + counts
+
+    def reserve(self, num_slots: int) -> None:
+        self.num_slots = max(self.num_slots, -(-num_slots // BUCKET) * BUCKET)
+
+
+class _Slots:
+    """Where the current window writes and how far it sees; shared by all layers of one cache."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.written = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
+        self.num_visible = 0
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """One layer's keys and values (B, H, S, Dh), written at each row's own slots."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, slots: _Slots) -> None:
+        super().__init__()
+        self._slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
+        return self.keys[:, :, : self._slots.num_visible], self.values[:, :, : self._slots.num_visible]
+
+    def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
+        """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
+        assert slots is not None
+        if slots.shape[2] < self._slots.num_visible:
+            slots = self._grown(slots)
+        index = self._slots.written.to(states.device)[:, None, :, None].expand_as(states)
+        return slots.scatter_(2, index, states)
+
+    def _grown(self, slots: Tensor) -> Tensor:
+        """At least twice as many slots, so that all growth together copies each of them about once."""
+        rows, heads, old, width = slots.shape
+        grown = slots.new_zeros(rows, heads, max(self._slots.num_visible, 2 * old), width)
+        grown[:, :, :old] = slots
+        return grown
+
+    def get_seq_length(self) -> int:
+        return self._slots.num_visible
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._slots.num_visible, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class CropCache(KVCacheManager):
+    """The slow, obvious twin of `RaggedCache`: transformers' growing cache, cropped back before every window. One row."""
+
+    def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
+        if num_rows != 1:
+            raise CacheError(f"CropCache was asked to hold {num_rows} rows; it holds 1. Use RaggedCache for batches.")
+        self.layout = layout
+        self.lengths = torch.zeros(1, dtype=torch.long, device=device)
+        self._cache = DynamicCache()
+        self._num_written = 0
+
+    def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
+        start = int(self.lengths) + (0 if offset is None else int(offset))
+        if start > self._num_written:
+            raise CacheError(f"A window was asked for at slot {start}; only {self._num_written} were ever written.")
+        layers: list[Any] = self._cache.layers
+        for layer in layers:  # one by one: not every layer of a head took part in the last window
+            layer.crop(min(start - layer.get_seq_length(), 0))
+        self._num_written = start + num_tokens
+        positions = torch.arange(start, self._num_written, device=self.lengths.device)[None]
+        return Window(positions, self.layout.mask(positions, self._num_written), self._cache)
+
+    def commit(self, counts: Tensor) -> None:
+        if int(self.lengths + counts) > self._num_written:
+            raise CacheError(
+                f"{int(counts)} tokens were to be kept past slot {int(self.lengths)}; {self._num_written} are written."
+            )
+        self.lengths = self.lengths + counts
+
+    def reserve(self, num_slots: int) -> None:
+        """Nothing: this cache grows by itself."""

@@ -1,0 +1,225 @@
+"""Read and write a head's tensors under their real names, strictly. Knows files and names, no module."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from .errors import CheckpointError, HeadWeightsError
+from .spec import MTPSpec
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DRAFT_VOCABULARY = "draft_vocabulary"
+QUANTISED = (".weight_scale_inv", ".weight_scale", ".qweight", ".qzeros", ".weight_packed")
+
+
+class Part(NamedTuple):
+    """One tensor of a checkpoint: its name there and the shape that it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A folder or hub repository with safetensors weights, opened without reading a tensor.
+
+    config  the raw config.json        files   tensor name -> the file that holds it
+
+    Raises CheckpointError where a file is absent, truncated or not safetensors.
+    """
+
+    def __init__(self, path_or_repo: str | os.PathLike[str]) -> None:
+        self.source = os.fspath(path_or_repo)
+        self.config = _read_json(self._required("config.json"))
+        index = self._find(INDEX)
+        names = sorted(set(_read_json(index)["weight_map"].values())) if index else [SINGLE]
+        self.files: dict[str, Path] = {}
+        for path in map(self._required, names):
+            self.files |= dict.fromkeys(_tensor_names(path), path)
+
+    def _find(self, name: str) -> Path | None:
+        if not Path(self.source).is_dir():
+            found = cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+            return Path(found) if found else None
+        path = Path(self.source) / name
+        return path if path.is_file() else None
+
+    def _required(self, name: str) -> Path:
+        try:
+            found = self._find(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.source!r} was asked for; it is no local folder, and the hub says: {str(error).splitlines()[0]} "
+                "Give a folder with config.json and safetensors weights, or a repository that this machine can reach."
+            ) from error
+        if found is None:
+            raise CheckpointError(
+                f"{name!r} of {self.source!r} was asked for; it is absent. "
+                "Give a folder or repository with config.json and all of its safetensors files."
+            )
+        return found
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on CPU; each file is opened once."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.files[name]].append(name)
+        tensors: dict[str, Tensor] = {}
+        for path, wanted in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in wanted}
+        return tensors
+
+
+def num_head_layers(config: Mapping[str, Any], spec: MTPSpec) -> int:
+    """How many MTP layers a config promises; 0 where it has none of the family's fields."""
+    sources = (config, config.get("text_config") or {})
+    return next((int(s[key]) for s in sources for key in spec.num_layers_keys if s.get(key) is not None), 0)
+
+
+def read_draft_vocabulary(checkpoint: Checkpoint) -> Tensor | None:
+    """(V_draft,) int64, the ids over which the head drafts, or None: all."""
+    if DRAFT_VOCABULARY not in checkpoint.files:
+        return None
+    return checkpoint.read([DRAFT_VOCABULARY])[DRAFT_VOCABULARY].long()
+
+
+def read_head(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors under our names: `layers.0.proj.weight` and so on.
+
+    expected  our name -> a tensor (on any device, meta too) of the right shape
+
+    Raises HeadWeightsError that lists what is missing, surplus, misshapen or not finite, under the checkpoint's own names.
+    """
+    plan = {ours: _parts(ours, tuple(tensor.shape), spec, num_target_layers, checkpoint) for ours, tensor in expected.items()}
+    _check_names(checkpoint, spec, num_target_layers, plan)
+    theirs = checkpoint.read(part.name for parts in plan.values() for part in parts)
+    _check_values(checkpoint, plan, theirs)
+    return {ours: _assemble([theirs[part.name] for part in parts], expected[ours]) for ours, parts in plan.items()}
+
+
+def write_head(
+    folder: Path, spec: MTPSpec, num_target_layers: int, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """The opposite of `read_head`: tensors under our names become a folder that it reads. Nothing is left half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = {_their_name(ours, spec, num_target_layers): t.detach().cpu().contiguous() for ours, t in tensors.items()}
+    partial = folder / (SINGLE + ".partial")
+    save_file(theirs, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / SINGLE)
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} was to be read as JSON; {error}. Download or write it again.") from error
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} was to be read as safetensors; it is truncated or damaged ({error}). Download or write it again."
+        ) from error
+
+
+def _their_name(ours: str, spec: MTPSpec, num_target_layers: int) -> str:
+    """`layers.0.norm_embed.weight` -> `model.layers.30.enorm.weight`, as the family writes it."""
+    if ours == DRAFT_VOCABULARY:
+        return ours
+    _, layer, rest = ours.split(".", 2)
+    prefix = spec.prefix.format(i=int(layer), n=num_target_layers + int(layer))
+    for entry, name in spec.names:
+        if rest.startswith(name + "."):
+            return prefix + entry + rest.removeprefix(name)
+    return prefix + rest.removeprefix("block.")
+
+
+def _parts(ours: str, shape: tuple[int, ...], spec: MTPSpec, num_target_layers: int, checkpoint: Checkpoint) -> list[Part]:
+    """The tensors of the checkpoint that make up one of ours: one, or one per expert where transformers stacks experts.
+
+    gate_up_proj  (E, 2I, H)  <-  E times gate_proj (I, H) and up_proj (I, H)        down_proj  (E, H, I)  <-  E times (H, I)
+    """
+    name = _their_name(ours, spec, num_target_layers)
+    parent, _, last = name.rpartition(".experts.")
+    if not parent or last not in ("gate_up_proj", "down_proj") or name in checkpoint.files:
+        return [Part(name, shape)]
+    num_experts, rows, columns = shape
+    stem = f"{parent}.experts."
+    if last == "down_proj":
+        return [Part(f"{stem}{expert}.down_proj.weight", (rows, columns)) for expert in range(num_experts)]
+    halves = ("gate_proj", "up_proj")
+    return [Part(f"{stem}{e}.{half}.weight", (rows // 2, columns)) for e in range(num_experts) for half in halves]
+
+
+def _assemble(parts: list[Tensor], like: Tensor) -> Tensor:
+    if len(parts) == 1 and parts[0].shape == like.shape:
+        return parts[0]
+    return torch.cat(parts).view(like.shape)
+
+
+def _check_names(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, plan: Mapping[str, list[Part]]) -> None:
+    needed = {part.name for parts in plan.values() for part in parts}
+    prefixes = {spec.prefix.format(i=i, n=num_target_layers + i) for i in {int(ours.split(".")[1]) for ours in plan}}
+    present = {name for name in checkpoint.files for prefix in prefixes if name.startswith(prefix)}
+    _refuse_quantised(checkpoint, present)
+    present -= {prefix + name for prefix in prefixes for name in spec.ignored}
+    if not present:
+        raise HeadWeightsError(
+            f"The {spec.family} head of {checkpoint.source!r} was asked for, and its config promises one; the files hold none of "
+            f"its tensors ({', '.join(sorted(p + '*' for p in prefixes))}): fine-tuning, merging or quantising often drops them. "
+            "Take the head from the original checkpoint: MTPDecoder.from_model(model, head='ORIGINAL/REPOSITORY')."
+        )
+    problems = _listed("missing", needed - present) + _listed("surplus", present - needed)
+    if problems:
+        raise HeadWeightsError(_disagreement(checkpoint, problems))
+
+
+def _check_values(checkpoint: Checkpoint, plan: Mapping[str, list[Part]], theirs: Mapping[str, Tensor]) -> None:
+    parts = [part for parts in plan.values() for part in parts]
+    misshapen = {
+        f"{name} is {tuple(theirs[name].shape)}, not {shape}" for name, shape in parts if tuple(theirs[name].shape) != shape
+    }
+    broken = {name for name, _ in parts if not bool(torch.isfinite(theirs[name].float()).all())}
+    problems = _listed("misshapen", misshapen) + _listed("with NaN or infinite values", broken)
+    if problems:
+        raise HeadWeightsError(_disagreement(checkpoint, problems))
+
+
+def _refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    scales = sorted(name for name in names if name.endswith(QUANTISED))
+    if scales:
+        raise HeadWeightsError(
+            f"The MTP head of {checkpoint.source!r} was asked for; it is quantised ({scales[0]} and {len(scales) - 1} more), "
+            "which mtpdecode does not unpack. Give the head of a bfloat16 checkpoint: from_model(model, head='ORIGINAL/REPOSITORY')."
+        )
+
+
+def _listed(what: str, names: set[str], most: int = 6) -> list[str]:
+    if not names:
+        return []
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return [f"{what}: {', '.join(sorted(names)[:most])}{rest}"]
+
+
+def _disagreement(checkpoint: Checkpoint, problems: list[str]) -> str:
+    return (
+        f"The MTP head of {checkpoint.source!r} does not fit the family and the config. {'; '.join(problems)}. "
+        "Download the checkpoint again, or pass the spec=MTPSpec(...) that describes it."
+    )

@@ -1,0 +1,313 @@
+"""What people type: `MTPDecoder` and `generate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .acceptance import Acceptance, acceptance_named
+from .cache import CacheLayout, KVCacheManager, RaggedCache
+from .errors import GenerationError
+from .head import MTPHead
+from .loading import head_for, load_target, save_together
+from .loop import Roles, Round, decode
+from .metrics import Metrics
+from .proposer import Call, DraftSampling, MTPProposer, NoDraft, Proposer
+from .request import OURS, Request, check_inputs, check_keywords, check_options, left_padded, request_from, seeds_for
+from .sampling import Sampler
+from .schedule import DraftSchedule, schedule_for
+from .spec import MTPSpec
+from .state import Noise, Purpose
+from .target import check_attention, decoder_of, evaluating, layer_windows, text_config, training_modules
+from .verifier import Verifier
+
+CacheFactory = Callable[[CacheLayout, int, int, torch.device], KVCacheManager]
+PREFILL_CHUNK = 2048
+"""Prompt tokens per prefill forward, unless prefill_chunk_size says otherwise."""
+
+
+class Chunk(NamedTuple):
+    """What one round appended: per row its new tokens, none where the row had finished before."""
+
+    tokens: list[list[int]]
+
+
+@dataclass
+class MTPOutput(GenerateDecoderOnlyOutput):
+    """What `generate(return_dict_in_generate=True)` returns: sequences (B, P + n) int64, and the call's metrics."""
+
+    metrics: Metrics | None = None
+
+
+class Options(NamedTuple):
+    """How to speculate; a call of `generate` may replace any of them."""
+
+    schedule: DraftSchedule
+    draft_sampling: DraftSampling
+    acceptance: str | Acceptance
+    seed: int | Sequence[int] | None = None
+
+    def replaced(self, given: dict[str, Any]) -> Options:
+        """With what a call says. Raises GenerationError for a wrong value."""
+        said = {name: value for name, value in given.items() if value is not None}
+        if "num_speculative_tokens" in said:
+            said["schedule"] = schedule_for(said.pop("num_speculative_tokens"))
+        options = self._replace(**said)
+        if options.draft_sampling not in ("sample", "greedy"):
+            raise GenerationError(f"draft_sampling={options.draft_sampling!r} was asked for; it is 'sample' or 'greedy'.")
+        return options
+
+    @property
+    def rule(self) -> Acceptance | None:
+        """The acceptance rule; None compares the draft with the target's own draws."""
+        return self.acceptance if isinstance(self.acceptance, Acceptance) else acceptance_named(self.acceptance)
+
+
+class MTPDecoder:
+    """Decodes a causal language model with its own MTP head: several tokens per forward pass, the same law.
+
+    target, head, proposer    what it is built from; head is None where the proposer needs none
+    verifier, cache, metrics  of the last call
+    """
+
+    def __init__(self, target: PreTrainedModel, proposer: Proposer, options: Options, cache: CacheFactory) -> None:
+        self.target, self.proposer, self.options, self._cache_factory = target, proposer, options, cache
+        self.head = proposer.head if isinstance(proposer, MTPProposer) else None
+        self._windows, self._attention = layer_windows(text_config(target), type(target).__name__), check_attention(target)
+        self.verifier: Verifier | None = None
+        self.cache: KVCacheManager | None = None
+        self.metrics: Metrics | None = None
+
+    @classmethod
+    def from_model(
+        cls,
+        target: PreTrainedModel,
+        *,
+        head: MTPHead | str | os.PathLike[str] | None = None,
+        spec: MTPSpec | None = None,
+        proposer: Proposer | None = None,
+        num_speculative_tokens: int | DraftSchedule | None = None,
+        draft_sampling: DraftSampling = "sample",
+        acceptance: str | Acceptance = "standard",
+        cache: CacheFactory = RaggedCache,
+    ) -> MTPDecoder:
+        """Find the target's family, read the head's weights once, build the roles.
+
+        head                    a head in memory, or the folder or repository to read it from; none: the target's own checkpoint
+        spec                    the family's row, to override a choice or to describe a new family
+        proposer                drafts instead of the head
+        num_speculative_tokens  K, or a schedule; none: what suits the head
+        draft_sampling          when sampling: "sample" draws drafts from the head's law, "greedy" takes its likeliest token
+        acceptance              "standard", "block", "coupled", or an Acceptance
+        cache                   RaggedCache, CropCache, or a factory of one's own
+
+        Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
+        """
+        decoder_of(target)
+        if proposer is None:
+            proposer = MTPProposer(head_for(target, head, spec))
+        suits = proposer.head.num_speculative_tokens if isinstance(proposer, MTPProposer) else 3
+        schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens)
+        options = Options(schedule, draft_sampling, acceptance).replaced({})
+        _ = options.rule  # an unknown name is an error now, not at the first call
+        return cls(target, proposer, options, cache)
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> MTPDecoder:
+        """Target and head from one checkpoint. Takes what `from_model` takes; the rest goes to transformers' from_pretrained."""
+        ours = ("head", "spec", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache")
+        settings = {name: kwargs.pop(name) for name in ours if name in kwargs}
+        target = load_target(path_or_repo, **kwargs)
+        if "proposer" not in settings:
+            settings.setdefault("head", os.fspath(path_or_repo))
+        return cls.from_model(target, **settings)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write target and head as one checkpoint, which `from_pretrained` reads back."""
+        if self.head is None:
+            raise GenerationError("save_pretrained() writes target and head; this decoder has no head. Save the target itself.")
+        save_together(self.target, self.head, folder)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Tensor | MTPOutput:
+        """What `model.generate` returns for the same arguments, several tokens per forward pass.
+
+        inputs or input_ids (B, P) int64, attention_mask (B, P), or inputs_embeds (B, P, D). Besides what `model.generate` takes:
+        num_speculative_tokens, draft_sampling, acceptance (see `from_model`), and seed: an int, or one int per row.
+
+        Every row is decoded as if it were alone: processors see its own tokens without padding. -> (B, P + n) int64, or an
+        `MTPOutput` with return_dict_in_generate=True. Raises GenerationError for wrong input and options that are not ours.
+        """
+        request, options = self._prepare(inputs, kwargs)
+        return self._collect(request, options)
+
+    def stream(self, inputs: Tensor | None = None, **kwargs: Any) -> Iterator[Chunk]:
+        """Like `generate`, but yields the new tokens of every round as they come."""
+        request, options = self._prepare(inputs, kwargs)
+        return (Chunk(round.tokens) for round in self._rounds(request, options))
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_speculative_tokens: int | DraftSchedule | None = None,
+        draft_sampling: DraftSampling | None = None,
+        acceptance: str | Acceptance | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | MTPOutput:
+        """The seam of transformers: `model.generate(..., custom_generate=decoder)` calls this with everything prepared."""
+        if model is not self.target:
+            raise GenerationError("custom_generate=decoder was given to another model than the decoder's own target.")
+        said = dict(zip(OURS, (seed, num_speculative_tokens, draft_sampling, acceptance), strict=True))
+        options = self.options.replaced(said)
+        check_inputs(model, {"input_ids": input_ids, **model_kwargs})
+        request = self._request(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, options, model_kwargs
+        )
+        return self._collect(request, options)
+
+    def _prepare(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Request, Options]:
+        """Let transformers prepare configuration, processors and criteria as it would for its own loop."""
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        check_keywords(self.target, kwargs)
+        check_inputs(self.target, kwargs)
+        options = self.options.replaced({name: kwargs.pop(name) for name in OURS if name in kwargs})
+        streamer = kwargs.pop("streamer", None)
+        self._take_stop_strings(kwargs)
+        given = left_padded(kwargs)
+
+        def prepared(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Request:
+            return self._request(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer, options, model_kwargs
+            )
+
+        model: Any = self.target
+        request: Request = model.generate(**given, custom_generate=prepared)
+        return request.as_given(kwargs), options
+
+    def _take_stop_strings(self, kwargs: dict[str, Any]) -> None:
+        """transformers forgets the tokenizer on its way to a custom_generate, so the criterion is made here."""
+        config = kwargs.get("generation_config") or self.target.generation_config
+        strings, tokenizer = kwargs.pop("stop_strings", None) or config.stop_strings, kwargs.pop("tokenizer", None)
+        if strings is None:
+            return
+        if tokenizer is None:
+            raise GenerationError(f"stop_strings={strings!r} was asked for without a tokenizer. Pass tokenizer=tokenizer too.")
+        own = copy(config)
+        own.stop_strings = None
+        criterion = StopStringCriteria(tokenizer, strings)
+        kwargs["generation_config"] = own
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+
+    def _request(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        options: Options,
+        model_kwargs: dict[str, Any],
+    ) -> Request:
+        check_options(config.to_dict())
+        widest = max(options.schedule.choices) + 1
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        return request_from(input_ids, mask, embeds, processors, criteria, config, streamer, overhang=2 * widest)
+
+    def _collect(self, request: Request, options: Options) -> Tensor | MTPOutput:
+        rows: list[list[int]] = [[] for _ in range(request.input_ids.shape[0])]
+        streamer = request.streamer
+        if streamer is not None:
+            _check_streamer(rows)
+            streamer.put(request.input_ids.cpu())
+        for round in self._rounds(request, options):
+            for row, tokens in zip(rows, round.tokens, strict=True):
+                row += tokens
+            if streamer is not None:
+                for token in round.tokens[0]:
+                    streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        sequences = request.sequences(rows)
+        if not request.config.return_dict_in_generate:
+            return sequences
+        return MTPOutput(sequences=sequences, metrics=self.metrics)  # type: ignore[arg-type]  # any int64 tensor is meant
+
+    def _rounds(self, request: Request, options: Options) -> Iterator[Round]:
+        roles, noise = self._roles(request, options), Noise(seeds_for(options.seed, request.prompt.lengths))
+        self.verifier, self.cache, self.metrics = roles.verifier, roles.verifier.cache, Metrics(request.prompt.lengths.shape[0])
+        chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK
+        rounds = decode(
+            request.prompt, request.text, roles, noise, self.metrics, chunk_size, text_config(self.target).hidden_size
+        )
+        training = training_modules(self.target, *([self.head] if self.head else []))
+        while True:
+            with torch.no_grad(), evaluating(training):
+                round = next(rounds, None)
+            if round is None:
+                return
+            yield round
+
+    def _roles(self, request: Request, options: Options) -> Roles:
+        """Everything that lives as long as one call."""
+        sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
+        caches = [self._new_cache(request, self._windows, text_config(self.target).num_hidden_layers)]
+        deepest = max(options.schedule.choices)
+        proposer = self.proposer if deepest else NoDraft()
+        if isinstance(proposer, MTPProposer):
+            config = proposer.head.config
+            caches.append(self._new_cache(request, layer_windows(config, "the MTP head"), proposer.head.num_layers))
+        purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
+        call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose)
+        proposer.begin(call, caches[1] if len(caches) > 1 else None)
+        hidden = self.head.spec.hidden if self.head else "post_norm"
+        verifier = Verifier(self.target, caches[0], sampler, hidden, request.prompt)
+        return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
+
+    def _new_cache(self, request: Request, windows: dict[str, int | None], num_layers: int) -> KVCacheManager:
+        layout = CacheLayout(windows, self._attention, self.target.dtype)
+        lengths = request.prompt.lengths
+        return self._cache_factory(layout, num_layers, lengths.shape[0], lengths.device)
+
+
+def _check_streamer(rows: list[list[int]]) -> None:
+    if len(rows) > 1:
+        raise GenerationError(
+            f"streamer= was given for {len(rows)} rows; they advance by different numbers of tokens, which streamers cannot say. "
+            "Use decoder.stream(...), which yields every row's new tokens."
+        )
+
+
+_HEADS: WeakKeyDictionary[PreTrainedModel, MTPHead] = WeakKeyDictionary()
+"""The heads that `generate` has read, so that a second call reads nothing; they go when their models go."""
+
+
+def generate(model: PreTrainedModel, inputs: Tensor | None = None, **kwargs: Any) -> Tensor | MTPOutput:
+    """One line in a notebook: `MTPDecoder.from_model(model).generate(...)`; the head is read at a model's first call only."""
+    if model not in _HEADS:
+        _HEADS[model] = head_for(model, None, None)
+    return MTPDecoder.from_model(model, head=_HEADS[model]).generate(inputs, **kwargs)

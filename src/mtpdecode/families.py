@@ -1,0 +1,109 @@
+"""The table of native MTP heads: one row a family. Adding a family is adding a row (`docs/families.md` says how)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .errors import UnsupportedModelError
+from .spec import MTPSpec
+
+DEEPSEEK_NAMES = (("enorm", "norm_embed"), ("hnorm", "norm_hidden"), ("eh_proj", "proj"), ("shared_head.norm", "norm_out"))
+MIMO_NAMES = (
+    ("token_layernorm", "norm_embed"),
+    ("hidden_layernorm", "norm_hidden"),
+    ("input_proj", "proj"),
+    ("final_layernorm", "norm_out"),
+)
+SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+
+FAMILIES: tuple[MTPSpec, ...] = (
+    MTPSpec(
+        family="deepseek_v3",
+        model_types=("deepseek_v3",),
+        prefix="model.layers.{n}.",
+        names=DEEPSEEK_NAMES,
+        ignored=SHARED_COPIES,
+        examples=("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
+        verified="greedy parity; head logits against transformers' MtpModel",
+        source="DeepSeek-V3 report (2412.19437, section 2.2); vLLM and transformers agree on the normed hidden state",
+    ),
+    MTPSpec(
+        family="glm4_moe",
+        model_types=("glm4_moe",),
+        prefix="model.layers.{n}.",
+        names=DEEPSEEK_NAMES,
+        ignored=SHARED_COPIES,
+        examples=("zai-org/GLM-4.5", "zai-org/GLM-4.5-Air", "zai-org/GLM-4.6"),
+        verified="greedy parity; head logits against transformers' MtpModel",
+        source="SGLang and transformers recycle the normed state, vLLM the raw one: spec.replace(recycle='raw')",
+    ),
+    MTPSpec(
+        family="mimo",
+        model_types=("mimo",),
+        prefix="model.mtp_layers.{i}.",
+        names=MIMO_NAMES,
+        combine="hidden_embed",
+        hidden="pre_norm",
+        base_model_type="qwen2",
+        examples=("XiaomiMiMo/MiMo-7B-Base", "XiaomiMiMo/MiMo-7B-RL"),
+        verified="greedy parity; head logits against transformers' MtpModel with hidden states first",
+        source="vLLM feeds the state before the final norm; SGLang and FastMTP after it: spec.replace(hidden='post_norm')",
+    ),
+    MTPSpec(
+        family="llama",
+        model_types=("llama", "qwen2"),
+        prefix="model.layers.{n}.",
+        names=DEEPSEEK_NAMES,
+        ignored=SHARED_COPIES,
+        examples=("smollm2-135m-instruct (shipped with mtpdecode)",),
+        verified="greedy parity; head logits against transformers' MtpModel; the real model",
+        source="DeepSeek's layout around the target's own layer; heads trained with mtpdecode.train are written so",
+    ),
+)
+
+
+def families() -> list[dict[str, object]]:
+    """The table of supported native heads: one dictionary a row, with model types, example checkpoints, the config field that
+    counts layers, where the tensors lie and what is verified."""
+    return [
+        {
+            "family": row.family,
+            "model_types": list(row.model_types),
+            "examples": list(row.examples),
+            "config_field": row.num_layers_keys[0],
+            "tensors": row.prefix + "*",
+            "hidden": row.hidden,
+            "combine": row.combine,
+            "recycle": row.recycle,
+            "verified": row.verified,
+            "source": row.source,
+        }
+        for row in FAMILIES
+    ]
+
+
+def spec_for(model_type: str, class_name: str, tensor_names: Iterable[str] = ()) -> MTPSpec:
+    """The row that goes with a model type. Where several do, the one whose tensors the checkpoint has.
+
+    Raises UnsupportedModelError, naming the known families, where none does.
+    """
+    rows = [row for row in FAMILIES if model_type in (*row.model_types, row.base_model_type)]
+    names = list(tensor_names)
+    marked = [row for row in rows if any(name.startswith(row.prefix.split("{")[0]) and _is_entry(row, name) for name in names)]
+    if not rows:
+        raise UnsupportedModelError(
+            f"{class_name} (model_type={model_type!r}) has no native MTP head that mtpdecode knows. "
+            f"Known families: {', '.join(sorted(known_model_types()))}. If this model has one, pass spec=MTPSpec(...); "
+            "to speculate without a head, pass proposer=NGramProposer()."
+        )
+    return (marked or [row for row in rows if model_type in row.model_types] or rows)[0]
+
+
+def known_model_types() -> set[str]:
+    """Every model type in the table."""
+    return {model_type for row in FAMILIES for model_type in row.model_types}
+
+
+def _is_entry(row: MTPSpec, name: str) -> bool:
+    """Whether a tensor can only belong to a head of this row: it is one of those that surround the block."""
+    return any(f".{entry}." in name for entry, ours in row.names if ours == "proj")

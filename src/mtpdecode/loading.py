@@ -1,0 +1,133 @@
+"""From checkpoints to modules and back: the head that goes with a target."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .checkpoint import DRAFT_VOCABULARY, INDEX, SINGLE, Checkpoint, num_head_layers, read_draft_vocabulary, read_head, write_head
+from .errors import HeadWeightsError, UnsupportedModelError
+from .families import FAMILIES, known_model_types, spec_for
+from .head import MTPHead
+from .spec import MTPSpec
+from .target import decoder_of, text_config
+
+HEAD_FILE = "model-mtp.safetensors"
+
+
+def load_target(path_or_repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """The target alone. A base that transformers lacks but that equals one it has (MiMo-7B is Qwen2) is loaded as that one."""
+    source = os.fspath(path_or_repo)
+    raw = Checkpoint(source).config
+    rows = [row for row in FAMILIES if raw.get("model_type") in row.model_types and row.base_model_type]
+    if rows and raw["model_type"] not in CONFIG_MAPPING and not kwargs.get("trust_remote_code"):
+        settings = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+        kwargs["config"] = AutoConfig.for_model(str(rows[0].base_model_type), **settings)
+    return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+
+
+def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] | None, spec: MTPSpec | None) -> MTPHead:
+    """The head of a target: one in memory, or read from `source`, or from the checkpoint that the target came from.
+
+    Raises UnsupportedModelError where the model has no head, HeadWeightsError where its tensors are not those of the family.
+    """
+    decoder_of(target)
+    if isinstance(source, MTPHead):
+        return _checked(source, target)
+    config, name = text_config(target), type(target).__name__
+    if spec is None:
+        spec_for(config.model_type, name)  # an unknown model is named before its files are looked for
+    place = os.fspath(source) if source is not None else target.name_or_path
+    if not place:
+        raise UnsupportedModelError(
+            f"The head of {name} was asked for; the model was built in memory and names no checkpoint to read it from. "
+            "Pass head='FOLDER/OR/REPOSITORY', or head=MTPHead(model, spec) for one with random weights."
+        )
+    checkpoint = Checkpoint(place)
+    return _read(target, checkpoint, spec or spec_for(config.model_type, name, checkpoint.files))
+
+
+def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTPHead:
+    num_layers = num_head_layers(checkpoint.config, spec)
+    if num_layers < 1:
+        raise UnsupportedModelError(
+            f"The MTP head of {checkpoint.source!r} was asked for; its config has none of {', '.join(spec.num_layers_keys)}, so "
+            f"{type(target).__name__} has no native MTP head. Known families: {', '.join(sorted(known_model_types()))}. "
+            "Pass head='FOLDER/OR/REPOSITORY' to take one from elsewhere; to speculate without a head, proposer=NGramProposer()."
+        )
+    head = MTPHead(target, spec, num_layers, read_draft_vocabulary(checkpoint))
+    head.load_state_dict(read_head(checkpoint, spec, head.num_target_layers, head.state_dict()))
+    head.num_speculative_tokens = int(checkpoint.config.get("num_speculative_tokens", num_layers))
+    return head.eval()
+
+
+def _checked(head: MTPHead, target: PreTrainedModel) -> MTPHead:
+    if head.config.hidden_size != text_config(target).hidden_size:
+        raise HeadWeightsError(
+            f"A head for hidden states of size {head.config.hidden_size} was given; {type(target).__name__} has "
+            f"{text_config(target).hidden_size}. Build it with MTPHead(model, spec)."
+        )
+    return head
+
+
+def head_tensors(head: MTPHead) -> dict[str, Any]:
+    """Every tensor that a head's checkpoint holds, under our names."""
+    tensors = dict(head.state_dict())
+    return tensors if head.draft_vocabulary is None else tensors | {DRAFT_VOCABULARY: head.draft_vocabulary.int()}
+
+
+def save_head(head: MTPHead, folder: str | os.PathLike[str]) -> None:
+    """Write a head alone, in its family's layout, as a folder for `head=`."""
+    config = {
+        "model_type": head.config.model_type,
+        "num_hidden_layers": head.num_target_layers,
+        head.spec.num_layers_keys[0]: head.num_layers,
+        "hidden_size": head.config.hidden_size,
+        "num_speculative_tokens": head.num_speculative_tokens,
+    }
+    write_head(Path(folder), head.spec, head.num_target_layers, head_tensors(head), config)
+
+
+def save_together(target: PreTrainedModel, head: MTPHead, folder: str | os.PathLike[str]) -> None:
+    """Write target and head as one checkpoint that `from_pretrained` reads back; nothing is left half-written."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        whole = Path(scratch) / "checkpoint"
+        target.save_pretrained(whole)
+        save_head(head, Path(scratch) / "head")
+        os.replace(Path(scratch) / "head" / SINGLE, whole / HEAD_FILE)
+        _index(whole)
+        config = json.loads((whole / "config.json").read_text())
+        config |= {head.spec.num_layers_keys[0]: head.num_layers, "num_speculative_tokens": head.num_speculative_tokens}
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _swap(whole, folder)
+
+
+def _index(folder: Path) -> None:
+    """An index over all safetensors files of a folder, as sharded checkpoints have."""
+    names: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names |= dict.fromkeys(file.keys(), path.name)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put a finished folder where an old one may lie; files that the old one has besides (a tokenizer) stay."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    for stale in folder.glob("model*.safetensors*"):
+        if not (new / stale.name).exists():
+            stale.unlink()
+    for path in new.iterdir():
+        os.replace(path, folder / path.name)

@@ -1,0 +1,135 @@
+"""One decode round, and the loop around it: what everything else exists for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .acceptance import ACCEPTANCE, Acceptance, accept, accept_matches
+from .cache import KVCacheManager
+from .metrics import Metrics
+from .proposer import Proposer
+from .sampling import Sampler
+from .schedule import DraftSchedule
+from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Verdict
+from .stopping import Stopping
+from .verifier import Verifier
+
+
+class Roles(NamedTuple):
+    """Who does what in a call. rule: None compares the draft with the target's own draws."""
+
+    proposer: Proposer
+    verifier: Verifier
+    sampler: Sampler
+    rule: Acceptance | None
+    stopping: Stopping
+    schedule: DraftSchedule
+    caches: tuple[KVCacheManager, ...]
+
+    @property
+    def width(self) -> int:
+        """The widest window W: the largest K, and the pending token."""
+        return max(self.schedule.choices) + 1
+
+
+class Round(NamedTuple):
+    """What a round appended, on the host: per row its new tokens (none where the row had finished), and which rows are done."""
+
+    tokens: list[list[int]]
+    done: list[bool]
+
+
+def decode_round(
+    state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
+) -> tuple[DecodeState, Verdict]:
+    """Propose, score, accept, stop, commit. The state moves on; nothing moves back."""
+    draft = roles.proposer.propose(state, num_speculative_tokens, noise)
+    clock.lap("propose")
+    scores, hidden = roles.verifier.score(state, draft)
+    clock.lap("score")
+    verdict = judge(draft, scores, roles.sampler, roles.rule, noise, state.text.lengths)
+    verdict, done = roles.stopping.truncate(verdict, state)
+    roles.verifier.cache.commit(verdict.counts)
+    lag = roles.proposer.lag
+    fresh = state.fresh.last(min(lag, state.fresh.states.shape[1])).extended(hidden, verdict.counts, roles.width + lag)
+    clock.lap("accept")
+    return state.appended(verdict, fresh, done), verdict
+
+
+def judge(draft: Draft, scores: Tensor, sampler: Sampler, rule: Acceptance | None, noise: Noise, positions: Tensor) -> Verdict:
+    """scores (B, K+1, V) -> which tokens are appended. For argmax every lossless rule is the same comparison."""
+    if rule is None or (not sampler.do_sample and rule in ACCEPTANCE.values()):
+        draws = [sampler.draw(row, noise, positions + k, Purpose.TARGET) for k, row in enumerate(scores.unbind(1))]
+        return accept_matches(draft, torch.stack(draws, dim=1))
+    return accept(rule, draft, sampler.law(scores), noise, positions)
+
+
+def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_size: int) -> DecodeState:
+    """Everything but the prompt's last token goes through target and head, in chunks; the last one is the first pending token.
+
+        prompt   a b c d      cache  a b c      pending  d      fresh  the hidden state of c
+
+    So the first round drafts already, and is like every other.
+    """
+    keep, remaining = roles.proposer.lag + 1, int(prompt.lengths.max()) - 1
+    rows, dtype = text.lengths.shape[0], roles.verifier.target.dtype
+    fresh = Fresh(torch.zeros(rows, 0, hidden_size, dtype=dtype, device=text.lengths.device), torch.zeros_like(text.lengths))
+    for start in range(0, remaining, chunk_size):
+        size = min(chunk_size, remaining - start)
+        counts = (prompt.lengths - 1 - start).clamp(0, size)
+        hidden = roles.verifier.read(start, size, counts)
+        fresh = fresh.extended(hidden, counts, keep + size)
+        roles.proposer.absorb(text, fresh)
+        fresh = fresh.last(keep)
+    if not fresh.states.shape[1]:  # one-token prompts: nothing is known yet, and the first draft is a blind guess
+        fresh = Fresh(text.lengths.new_zeros(rows, 1, hidden_size, dtype=dtype), fresh.counts)
+    nothing = fresh.states[:, :1]
+    fresh = fresh.extended(nothing, torch.zeros_like(fresh.counts), roles.width + roles.proposer.lag)
+    return DecodeState(text, fresh, torch.zeros_like(text.lengths, dtype=torch.bool))
+
+
+def decode(
+    prompt: Prompt, text: Text, roles: Roles, noise: Noise, metrics: Metrics, chunk_size: int, hidden_size: int
+) -> Iterator[Round]:
+    """Prefill, then rounds until every row is done; one host read a round."""
+    clock, lengths = Clock(metrics.seconds), prompt.lengths.tolist()
+    budget, overhang = roles.stopping.max_lengths.tolist(), roles.width + roles.proposer.lag + max(roles.schedule.choices)
+    for cache in roles.caches:
+        cache.reserve(max(lengths) + overhang)
+    state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
+    clock.lap("prefill")
+    while not all(done):
+        room = max(limit - length for limit, length, is_done in zip(budget, lengths, done, strict=True) if not is_done)
+        num_drafted = min(roles.schedule.next_length(metrics), room - 1)
+        for cache in roles.caches:
+            cache.reserve(max(lengths) + overhang)
+        state, verdict = decode_round(state, roles, num_drafted, noise, clock)
+        counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
+        lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
+        metrics.update(counts, num_drafted, done)
+        clock.lap("host")
+        yield Round([row[:count] for row, count in zip(tokens, counts, strict=True)], done)
+        clock.skip()
+
+
+class Clock:
+    """Adds the time between laps to named parts."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.skip()
+
+    def skip(self) -> None:
+        """What passed since the last lap belongs to nobody here."""
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What passed since the last lap belongs to this part."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now

@@ -1,0 +1,169 @@
+"""Proposers guess the next tokens of every row. Whatever they guess, the output's law is the target's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import KVCacheManager
+from .errors import GenerationError
+from .head import MTPHead
+from .sampling import Sampler, race
+from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text
+
+DraftSampling = Literal["sample", "greedy"]
+
+
+class Call(NamedTuple):
+    """What a proposer learns when a call of `generate` begins.
+
+    prompt       what is decoded from                    sampler    the target's processors, for the draft to use too
+    max_length   the largest K of this call              sampling   draw draft tokens, or take the likeliest
+    purpose      which of the row's random numbers to draw drafts with
+    """
+
+    prompt: Prompt
+    sampler: Sampler
+    max_length: int
+    sampling: DraftSampling
+    purpose: int = Purpose.DRAFT
+
+
+class Proposer(ABC):
+    """Guesses tokens. `propose` is all that must be written; `begin` and `absorb` are for proposers that have a state."""
+
+    lag: int = 0
+    """Hidden states that must be handed in again next round, besides the fresh ones."""
+
+    def begin(self, call: Call, cache: KVCacheManager | None) -> None:
+        """A call of `generate` begins. cache: an empty manager for the proposer's own keys and values, if it has a head."""
+        return
+
+    def absorb(self, text: Text, fresh: Fresh) -> None:
+        """Part of the prompt went through the target: learn from its hidden states. All but the last lag + 1 are final."""
+        return
+
+    @abstractmethod
+    def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
+        """Exactly num_speculative_tokens tokens for every row. Reads `state`; may write past its own cache's lengths.
+
+        A token that was drawn comes with the law that it was drawn from; one that was chosen comes with probs None.
+        """
+
+
+class NoDraft(Proposer):
+    """Proposes nothing: with K = 0 a round is one plain decoding step."""
+
+    def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
+        return Draft(state.text.tokens[:, :0], None)
+
+
+class NGramProposer(Proposer):
+    """Looks the last tokens up in the text so far and proposes what followed them (prompt lookup, Saxena 2023). No head needed.
+
+    text  a b c d a b ?      the last two, a b, stood at the start: proposes c d a ...
+    """
+
+    def __init__(self, max_ngram: int = 3) -> None:
+        if max_ngram < 1:
+            raise GenerationError(f"NGramProposer(max_ngram={max_ngram}) was asked for; it must be at least 1.")
+        self.max_ngram = max_ngram
+
+    def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
+        text = state.text
+        start = text.lengths.clone()  # no match: proposes whatever stands there, harmless
+        for size in range(1, self.max_ngram + 1):  # the longest match wins, being last
+            found, where = _latest_match(text, size)
+            start = torch.where(found, where, start)
+        steps = torch.arange(num_speculative_tokens, device=start.device)
+        period = (text.lengths - start).clamp(min=1)[:, None]  # a match that runs into the end of the text repeats itself
+        return Draft(text.at(start[:, None] + steps % period), None)
+
+
+def _latest_match(text: Text, size: int) -> tuple[Tensor, Tensor]:
+    """-> found (B,) bool, the slot (B,) behind the latest earlier place of the last `size` tokens."""
+    ends = text.lengths[:, None] - size + torch.arange(size, device=text.tokens.device)
+    wanted = text.at(ends.clamp(min=0))
+    same = (text.tokens.unfold(1, size, 1) == wanted[:, None]).all(-1)
+    slots = torch.arange(same.shape[1], device=same.device)
+    valid = same & (slots >= text.starts[:, None]) & (slots + size < text.lengths[:, None])
+    return valid.any(-1), torch.where(valid, slots + size, 0).amax(-1)
+
+
+class MTPProposer(Proposer):
+    """Drafts with the target's own MTP head.
+
+    Row j of the head's cache pairs the target's hidden state at j with the token behind it. Every round first absorbs the fresh
+    rows and commits them, then drafts past the end; those rows are never committed and simply overwritten by the next round:
+
+        text   a b c d e            hidden states of a b c d, those of c d fresh; e pending
+        first  (c,d) (d,e) -> x     absorbs two rows, the last of them proposes x
+        then   (z,x) -> y           z: what the head recycles instead of the hidden state of e, which nobody knows yet
+
+    With several layers, depth d sees the token d + 1 places ahead and the output of depth d - 1. Its last d rows rest on drafted
+    tokens, so that many rows (`lag`) are handed in again next round instead of being committed. A draft that is longer than the
+    head is deep reuses the last layer.
+    """
+
+    def __init__(self, head: MTPHead) -> None:
+        self.head = head
+
+    def begin(self, call: Call, cache: KVCacheManager | None) -> None:
+        assert cache is not None
+        self.call, self.cache = call, cache
+        self.num_depths = min(self.head.num_layers, call.max_length)
+        self.lag = self.num_depths - 1
+
+    def absorb(self, text: Text, fresh: Fresh) -> None:
+        window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
+        for depth in range(self.num_depths):
+            _, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1), hidden, window)
+        self.cache.commit((fresh.counts - self.num_depths).clamp(min=0))
+
+    def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
+        """The absorbing pass gives a token per depth; the rest are single steps of the last depth past the end."""
+        text, fresh, picks = state.text, state.fresh, []
+        window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
+        last = Fresh(fresh.states, fresh.counts)
+        for depth in range(self.num_depths):
+            normed, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1), hidden, window)
+            last = Fresh(torch.cat([normed, hidden], dim=-1), fresh.counts.clamp(min=1)).last(1)
+            picks.append(self._pick(last.states[:, 0, : normed.shape[-1]], text, depth, noise))
+            text = text.with_draft(picks[-1].tokens, depth)
+        absorbed = (fresh.counts - self.lag).clamp(min=0)
+        self.cache.commit(absorbed)
+        hidden = last.states[..., hidden.shape[-1] :]
+        for step in range(self.num_depths, num_speculative_tokens):
+            window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
+            normed, hidden = self.head(self.num_depths - 1, self.head.embed(picks[-1].tokens), hidden, window)
+            picks.append(self._pick(normed[:, 0], text, step, noise))
+            text = text.with_draft(picks[-1].tokens, step)
+        return _joined(picks[:num_speculative_tokens], state)
+
+    def _embeds(self, text: Text, slots: Tensor) -> Tensor:
+        return self.call.prompt.embedded(self.head.embed(text.at(slots)), slots)
+
+    def _pick(self, normed: Tensor, text: Text, position: int, noise: Noise) -> Draft:
+        """normed (B, D) -> one token per row, tokens (B, 1), from the head's law after the user's processors."""
+        logits, sampler = self.head.logits(normed), self.call.sampler
+        if sampler.is_plain:
+            return Draft(self.head.token_ids(logits.argmax(-1, keepdim=True)), None)
+        full = self.head.full_logits(logits.float())
+        scores = sampler.scores(full[:, None], text._replace(lengths=text.lengths + position))[:, 0]
+        allowed = scores.isfinite().any(-1, keepdim=True)  # processors may forbid all that the head can say: any law is lossless
+        scores = torch.where(allowed, scores, full)
+        if self.call.sampling == "greedy" or not sampler.do_sample:
+            return Draft(scores.argmax(-1, keepdim=True), None)
+        law = sampler.law(scores)
+        token = race(law, noise.exponential(text.lengths + position, self.call.purpose, law.shape[-1]))
+        return Draft(token[:, None], law[:, None])
+
+
+def _joined(picks: list[Draft], state: DecodeState) -> Draft:
+    if not picks:
+        return Draft(state.text.tokens[:, :0], None)
+    probs = [pick.probs for pick in picks if pick.probs is not None]
+    return Draft(torch.cat([pick.tokens for pick in picks], dim=1), torch.cat(probs, dim=1) if probs else None)

@@ -1,0 +1,248 @@
+"""What a user asked of `generate`: checked, with a clear word for what is wrong or not ours, and put in our terms."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .errors import GenerationError
+from .state import Prompt, Text
+from .stopping import Stopping
+from .target import text_config
+
+INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+
+NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), "beams are not drafted"),
+    "num_beam_groups": ((None, 1), "beams are not drafted"),
+    "constraints": ((None,), "constrained beam search is not drafted"),
+    "force_words_ids": ((None,), "constrained beam search is not drafted"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search is not drafted"),
+    "dola_layers": ((None,), "DoLa is not drafted"),
+    "guidance_scale": ((None, 1, 1.0), "guidance runs the model a second time behind our back"),
+    "negative_prompt_ids": ((None,), "guidance runs the model a second time behind our back"),
+    "negative_prompt_attention_mask": ((None,), "guidance runs the model a second time behind our back"),
+    "token_healing": ((None, False), "it rewrites the prompt"),
+    "assistant_model": ((None,), "the model's own head drafts here"),
+    "prompt_lookup_num_tokens": ((None,), "pass proposer=NGramProposer() to MTPDecoder.from_model instead"),
+    "use_mtp": ((None, False), "mtpdecode takes its place"),
+    "assistant_early_exit": ((None,), "the model's own head drafts here"),
+    "past_key_values": ((None,), "mtpdecode keeps its own caches; pass the whole text as input_ids"),
+    "cache_implementation": ((None,), "mtpdecode keeps its own caches; pass cache=RaggedCache or CropCache to from_model"),
+    "use_cache": ((None, True), "speculative decoding needs a cache"),
+    "position_ids": ((None,), "positions follow from attention_mask"),
+    "output_attentions": ((None, False), "attentions are not collected"),
+    "output_hidden_states": ((None, False), "hidden states are not collected"),
+    "output_scores": ((None, False), "scores are not collected"),
+    "output_logits": ((None, False), "logits are not collected"),
+    "synced_gpus": ((None, False), "one process decodes here"),
+    "stop_strings_tokenizer": ((None,), "pass tokenizer="),
+}
+"""Options of `model.generate` that we do not honour: the values that mean "off", and why or what instead."""
+
+OURS = ("seed", "num_speculative_tokens", "draft_sampling", "acceptance")
+
+
+class Request(NamedTuple):
+    """A call of `generate`, in tensors.
+
+    input_ids  (B, P) as given, padding included: the beginning of the result
+    pad_id     fills rows that end early
+    """
+
+    input_ids: Tensor
+    prompt: Prompt
+    text: Text
+    stopping: Stopping
+    processors: Sequence[LogitsProcessor]
+    padding: list[int]
+    pad_id: int
+    config: GenerationConfig
+    streamer: BaseStreamer | None
+
+    def sequences(self, rows: list[list[int]]) -> Tensor:
+        """New tokens per row -> (B, P + n) int64, as `model.generate` returns them."""
+        width = max(map(len, rows))
+        new = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.input_ids.device)
+        return torch.cat([self.input_ids, new.view(len(rows), width).to(self.input_ids.dtype)], dim=1)
+
+    def as_given(self, kwargs: Mapping[str, Any]) -> Request:
+        """With the prompt as the user gave it, where it was padded on the right (see `left_padded`)."""
+        ids, num_rows = kwargs.get("input_ids"), self.input_ids.shape[0]
+        if ids is None or kwargs.get("inputs_embeds") is not None:
+            return self
+        return self._replace(input_ids=ids.to(self.input_ids.device).repeat_interleave(num_rows // ids.shape[0], dim=0))
+
+
+def check_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Raise GenerationError for an unknown keyword, naming the nearest known one, and for options that are not ours."""
+    signature = inspect.signature(GenerationMixin.generate).parameters
+    known = {*signature, *_config_fields(), *INPUTS, *OURS, *NOT_OURS, "tokenizer"} - {"self", "kwargs"}
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else "It takes what model.generate takes."
+            raise GenerationError(f"generate() got an unknown keyword {name!r}. {hint}")
+    check_options(given)
+
+
+def _config_fields() -> dict[str, Any]:
+    return dict(GenerationConfig().to_dict())  # type: ignore[no-untyped-call]
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Raise GenerationError for the first option in `given` that we do not honour and that is not off."""
+    for name, (off, why) in NOT_OURS.items():
+        value = given.get(name)
+        if not any(value is neutral or (isinstance(value, (int, float)) and value == neutral) for neutral in off):
+            shown = value if isinstance(value, (int, float, str)) else type(value).__name__
+            raise GenerationError(
+                f"{name}={shown} was asked for; {why}. Leave it out, or call model.generate() without mtpdecode."
+            )
+
+
+def check_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Raise GenerationError for prompts that are empty, of a wrong type or shape, outside the vocabulary or too long."""
+    ids, mask, embeds = (given.get(name) for name in INPUTS)
+    if ids is None and embeds is None:
+        raise GenerationError(
+            "generate() was called without a prompt. Pass input_ids (B, P), or **tokenizer(text, return_tensors='pt')."
+        )
+    for name, tensor, num_axes in (("input_ids", ids, 2), ("inputs_embeds", embeds, 3), ("attention_mask", mask, 2)):
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dim() != num_axes):
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise GenerationError(
+                f"{name} must be a tensor with {num_axes} axes, (B, P{', D' * (num_axes == 3)}); found {found}."
+            )
+    prompt: Any = ids if embeds is None else embeds
+    if 0 in prompt.shape[:2]:
+        raise GenerationError(f"The prompt is empty: shape {tuple(prompt.shape)}. Pass at least one row of at least one token.")
+    if ids is not None and embeds is None:
+        _check_ids(model, ids)
+    if mask is not None:
+        _check_mask(mask, prompt.shape[:2])
+    _check_length(model, prompt.shape[1] if mask is None else int(mask.sum(-1).max()))
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise GenerationError(f"input_ids must hold integers; found {ids.dtype}.")
+    embedding: Any = model.get_input_embeddings()
+    size = embedding.weight.shape[0]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise GenerationError(f"input_ids must lie in 0..{size - 1}, the model's vocabulary; found {low if low < 0 else high}.")
+
+
+def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    if tuple(mask.shape) != tuple(shape):
+        raise GenerationError(f"attention_mask must have the prompt's shape {tuple(shape)}; found {tuple(mask.shape)}.")
+    seen = mask.bool().long()
+    if not bool(seen.sum(-1).all()):
+        raise GenerationError("attention_mask hides a whole row; every row needs at least one token.")
+    if int(seen.diff(dim=-1).abs().sum(-1).max()) > 2 or bool(
+        ((seen.diff(dim=-1) != 0).sum(-1) == 2).logical_and(seen[:, 0] == 1).any()
+    ):
+        raise GenerationError(
+            "attention_mask has a hole; a row's tokens must stand together, with padding on the left or the right."
+        )
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if limit is not None and length >= limit:
+        raise GenerationError(f"The prompt has {length} tokens; the model has {limit} positions. Shorten the prompt.")
+
+
+def request_from(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    processors: Sequence[LogitsProcessor],
+    criteria: Sequence[StoppingCriteria],
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    overhang: int,
+) -> Request:
+    """Put what transformers prepared in our terms. overhang: slots of text to have past the longest row."""
+    shown = input_ids if inputs_embeds is None else inputs_embeds
+    mask = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if attention_mask is None else attention_mask.long()
+    prompt = _left_aligned(input_ids, mask, inputs_embeds)
+    budget = min([config.max_length, *(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))]) - input_ids.shape[1]
+    room = prompt.tokens.new_zeros(prompt.tokens.shape[0], budget + overhang)
+    hidden = inputs_embeds is not None and input_ids.shape[1] == 0
+    starts = prompt.lengths if hidden else torch.zeros_like(prompt.lengths)
+    text = Text(torch.cat([prompt.tokens, room], dim=1), prompt.lengths, starts)
+    pad = config._pad_token_tensor
+    return Request(
+        input_ids,
+        prompt,
+        text,
+        Stopping(_eos_ids(criteria, mask.device), prompt.lengths + budget, _others(criteria)),
+        processors,
+        (shown.shape[1] - prompt.lengths).tolist(),
+        int(pad) if pad is not None else 0,
+        config,
+        streamer,
+    )
+
+
+def _left_aligned(input_ids: Tensor, mask: Tensor, embeds: Tensor | None) -> Prompt:
+    """
+    ids  . . a b    mask 0 0 1 1          a b . .      lengths 2
+         c d e f         1 1 1 1    ->    c d e f              4
+    """
+    order = (1 - mask).argsort(dim=-1, stable=True)
+    if embeds is None:
+        return Prompt(input_ids.gather(1, order), mask.sum(-1))
+    tokens = input_ids.gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
+    return Prompt(tokens, mask.sum(-1), embeds.gather(1, order[..., None].expand_as(embeds)))
+
+
+def _eos_ids(criteria: Sequence[StoppingCriteria], device: torch.device) -> Tensor:
+    ids = [c.eos_token_id.flatten().to(device) for c in criteria if isinstance(c, EosTokenCriteria)]
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long, device=device)
+
+
+def _others(criteria: Sequence[StoppingCriteria]) -> list[StoppingCriteria]:
+    return [c for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+
+
+def left_padded(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same call with padding on the left: the side that transformers takes without a warning."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or bool(mask[:, -1].all()):
+        return dict(kwargs)
+    order = mask.long().argsort(dim=-1, stable=True)
+    moved = {"attention_mask": mask.gather(1, order)}
+    if kwargs.get("input_ids") is not None:
+        moved["input_ids"] = kwargs["input_ids"].gather(1, order)
+    if kwargs.get("inputs_embeds") is not None:
+        embeds = kwargs["inputs_embeds"]
+        moved["inputs_embeds"] = embeds.gather(1, order[..., None].expand_as(embeds))
+    return kwargs | moved
+
+
+def seeds_for(seed: int | Sequence[int] | None, like: Tensor) -> Tensor:
+    """(B,) int64. None: from torch's own generator, so torch.manual_seed holds; an int: a stream per row, that of row 0 being the
+    one that [seed] gives to a row alone; a list: a seed per row."""
+    num_rows = like.shape[0]
+    if seed is None:
+        return torch.randint(2**62, (num_rows,), device="cpu").to(like.device)
+    if isinstance(seed, int):
+        return _scaled(seed, like) + torch.arange(num_rows, device=like.device)
+    if len(seed) != num_rows:
+        raise GenerationError(f"seed holds {len(seed)} numbers; the batch has {num_rows} rows. Pass one int, or one per row.")
+    return torch.stack([_scaled(each, like) for each in seed])
+
+
+def _scaled(seed: int, like: Tensor) -> Tensor:
+    return torch.tensor((int(seed) % 2**39) << 24, device=like.device)

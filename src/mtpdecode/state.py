@@ -1,0 +1,205 @@
+"""The tickets that pass between the roles: NamedTuples of tensors, and the randomness of one round.
+
+Letters in shapes, the same everywhere: B rows, T window tokens, K draft tokens, W the widest window (largest K, plus one),
+S text slots, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+class Draft(NamedTuple):
+    """K proposed tokens per row.
+
+    tokens  (B, K) int64
+    probs   (B, K, V) float, the law that each token was drawn from; None where a token was not drawn but chosen (q is one-hot)
+    """
+
+    tokens: Tensor
+    probs: Tensor | None
+
+
+class Verdict(NamedTuple):
+    """What one round appends.
+
+    tokens  (B, K+1) int64   accepted draft tokens, then one token of the target's, then padding
+    counts  (B,) int64       how many of them are real, 1..K+1; 0 for rows that had finished
+    """
+
+    tokens: Tensor
+    counts: Tensor
+
+
+class Window(NamedTuple):
+    """Where the next T tokens of every row go.
+
+    positions  (B, T) int64, the rotary positions
+    mask       (B, 1, T, slots): bool for sdpa, additive for eager attention; or one of them per layer type
+    cache      the transformers Cache to hand to the model
+    """
+
+    positions: Tensor
+    mask: Tensor | dict[str, Tensor]
+    cache: Cache
+
+
+class Text(NamedTuple):
+    """The tokens that processors and proposers may look at, left-aligned.
+
+        tokens   a b c d x y . .      lengths 4      x, y: drafts past the end
+
+    tokens   (B, S) int64
+    lengths  (B,) int64        how many are certain
+    starts   (B,) int64        the first slot that holds a token; larger than 0 only for prompts given as embeddings
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    starts: Tensor
+
+    def with_draft(self, tokens: Tensor, start: int = 0) -> Text:
+        """tokens (B, k) written at `lengths + start`; the lengths stay."""
+        slots = self.lengths[:, None] + torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        return self._replace(tokens=self.tokens.scatter(1, slots, tokens))
+
+    def at(self, slots: Tensor) -> Tensor:
+        """slots (B, T) -> tokens (B, T); slots past the end repeat the last."""
+        return self.tokens.gather(1, slots.clamp(max=self.tokens.shape[1] - 1))
+
+    def prefix(self, row: int, num_draft_tokens: int = 0) -> Tensor:
+        """(1, n) what stands before draft token `num_draft_tokens` of a row."""
+        return self.tokens[row : row + 1, int(self.starts[row]) : int(self.lengths[row]) + num_draft_tokens]
+
+
+class Fresh(NamedTuple):
+    """The target's hidden states that a head has not yet absorbed for good, oldest first.
+
+        states   h3 h4 .  .      counts 2      the last real one stands before the pending token
+
+    states  (B, R, D)        counts  (B,) int64, how many of the R are real
+    """
+
+    states: Tensor
+    counts: Tensor
+
+    def last(self, num: int) -> Fresh:
+        """Only the last num real ones: (B, num, D)."""
+        kept = self.counts.clamp(max=num)
+        return Fresh(_shifted(self.states, self.counts - kept, num), kept)
+
+    def extended(self, states: Tensor, counts: Tensor, width: int) -> Fresh:
+        """states (B, n, D), the first counts (B,) of them real, put behind the real ones: (B, width, D)."""
+        if not self.states.shape[1]:
+            return Fresh(_shifted(states, torch.zeros_like(counts), width), counts)
+        old, new = _shifted(self.states, torch.zeros_like(counts), width), _shifted(states, -self.counts, width)
+        is_old = torch.arange(width, device=counts.device) < self.counts[:, None]
+        return Fresh(torch.where(is_old[..., None], old, new), self.counts + counts)
+
+
+def _shifted(states: Tensor, offsets: Tensor, width: int) -> Tensor:
+    """states (B, n, D) -> (B, width, D), starting at row offsets (B,); what lies outside repeats the border."""
+    rows = (offsets[:, None] + torch.arange(width, device=states.device)).clamp(0, states.shape[1] - 1)
+    return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class DecodeState(NamedTuple):
+    """Everything that changes between rounds, in tensors whose shape never does.
+
+        tokens   a b c d e . .      lengths 5      target's cache: a b c d      pending: e
+        tokens   x y z . . . .      lengths 3      target's cache: x y          pending: z
+
+    text     tokens (B, S), lengths (B,), starts (B,)
+    fresh    states (B, W + lag, D), counts (B,)
+    done     (B,) bool
+    """
+
+    text: Text
+    fresh: Fresh
+    done: Tensor
+
+    def appended(self, verdict: Verdict, fresh: Fresh, done: Tensor) -> DecodeState:
+        """The state after a round; S leaves room for the whole verdict, so nothing is checked."""
+        text = self.text.with_draft(verdict.tokens)
+        return DecodeState(text._replace(lengths=text.lengths + verdict.counts), fresh, done)
+
+
+class Prompt(NamedTuple):
+    """What is decoded from, left-aligned whatever the padding was.
+
+    tokens   (B, P) int64       lengths  (B,) int64
+    embeds   (B, P, D) or None: given instead of tokens, as multimodal models do; then tokens are placeholders
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    embeds: Tensor | None = None
+
+    def embedded(self, embeds: Tensor, slots: Tensor) -> Tensor:
+        """embeds (B, T, D) of the tokens at slots (B, T), with the prompt's own embeddings where it came with some."""
+        if self.embeds is None:
+            return embeds
+        inside = slots.clamp(max=self.embeds.shape[1] - 1)[..., None].expand_as(embeds)
+        return torch.where((slots < self.lengths[:, None])[..., None], self.embeds.gather(1, inside), embeds)
+
+
+class Purpose:
+    """What a random number is for. Different purposes of one position are independent of each other."""
+
+    TARGET, DRAFT, ACCEPT = 1, 2, 3
+
+
+class Noise(NamedTuple):
+    """All randomness, as a pure function of (seed of the row, absolute position, purpose, token): no stream, no state.
+
+    A counter-based hash in int32 arithmetic, so that it gives the same numbers on every device, for every batch and every K,
+    and lives inside a compiled graph. The mixing step is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
+
+    seeds  (B,) int64
+    """
+
+    seeds: Tensor
+
+    def exponential(self, positions: Tensor, purpose: int, num_tokens: int) -> Tensor:
+        """(B, V) float32, Exp(1), one for each token; positions (B,)."""
+        tokens = torch.arange(num_tokens, device=self.seeds.device, dtype=torch.int32)
+        high, low = self._keys(positions, purpose)
+        bits = _mix(_mix(tokens * -1640531527 + low[:, None]) ^ high[:, None])
+        return -torch.log1p(-_to_unit(bits))
+
+    def uniform(self, positions: Tensor, purpose: int) -> Tensor:
+        """float32 in the open interval (0, 1), one for each of positions (B, n)."""
+        high, low = (key.reshape(positions.shape) for key in self._keys(positions, purpose))
+        return _to_unit(_mix(_mix(low) ^ high))
+
+    def _keys(self, positions: Tensor, purpose: int) -> tuple[Tensor, Tensor]:
+        """Two int32 keys per entry of positions (B,) or (B, n)."""
+        seeds = self.seeds.reshape(-1, *[1] * (positions.dim() - 1)).expand_as(positions)
+        words = [seeds, seeds >> 32, positions, torch.full_like(positions, purpose)]
+        low, high = torch.zeros_like(positions, dtype=torch.int32), torch.ones_like(positions, dtype=torch.int32)
+        for word in words:
+            low = _mix(low ^ _low_bits(word))
+            high = _mix(high * 5 + low)
+        return high, low
+
+
+def _low_bits(x: Tensor) -> Tensor:
+    """The low 32 bits of int64, as int32."""
+    x = x & 0xFFFFFFFF
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int32 whose output bits each depend on every input bit."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _to_unit(bits: Tensor) -> Tensor:
+    """int32 -> float32 in (0, 1), from 31 bits. Exact near 0, where races between small numbers are decided; never 1."""
+    return (((bits & 0x7FFFFFFF).to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
