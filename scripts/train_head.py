@@ -14,11 +14,12 @@ That is what decoding sees: the committed rows come from true hidden states, the
 trained only where draft 1 would have been accepted, step 3 only where both were: elsewhere decoding never gets there. It also
 halves the cost, which the product with the vocabulary dominates; hence, too, the draft vocabulary of `--vocabulary` ids.
 
-    T  rows of a step (windows laid end to end)    n  rows that a draft step works on    D  hidden size    C  draft vocabulary
-    H, G, W  key heads, query heads per key head, head width                             K  drafts
+    T  rows of a batch (windows laid end to end)    n  rows that a draft step works on     D  hidden size    C  draft vocabulary
+    H, G, W  key heads, query heads per key head, head width    F  the base's favourites that a target keeps
 
-A label is the base's greedy choice. The loss mixes it with the base's whole distribution; a sampled token is no label, but the
-distribution at that place still is. Text that loops (a 135M model does) is thinned out, else it is most of what is learnt.
+A label is the base's greedy choice. The loss mixes it with the base's distribution over its F favourites; a sampled token is
+no label, but the distribution at that place still is. Text that loops (a 135M model does) is thinned out, else it is most of
+what is learnt.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 KINDS = ("chat", "prose", "code")
 DRAFTS = 3
+FAVOURITES = 16  # of the base's distribution; found once, where a whole distribution would cost a product at every step
 END_OF_TEXT, END_OF_TURN = 0, 2
 SHORTEST_WINDOW = 32
 LOOKUP = 4  # tokens of context in the loop detector
@@ -57,24 +59,30 @@ class Document(NamedTuple):
     """One row of a data file.
 
     tokens (S,) int64    greedy (S,) bool    hidden (S, D) bfloat16    looked_up (S,) bool: an n-gram lookup predicts the token
+    slots (S, F) int32, law (S, F) float32: what the base likes to say after the token, see `Teacher.read`; F = 0 until then
     """
 
     tokens: Tensor
     greedy: Tensor
     hidden: Tensor
     looked_up: Tensor
+    slots: Tensor
+    law: Tensor
 
 
 class Batch(NamedTuple):
     """T rows; row j holds what the head is given there, and whether its own token is a label.
 
     hidden (T, D) h_j    token (T,) t_{j+1}    greedy (T,) bool: t_{j+1} was the base's choice    window (T,) which window
+    slots, law (T, F): the base's favourites for t_{j+1}
     """
 
     hidden: Tensor
     token: Tensor
     greedy: Tensor
     window: Tensor
+    slots: Tensor
+    law: Tensor
 
 
 def looked_up(tokens: list[int]) -> Tensor:
@@ -92,14 +100,16 @@ def read_documents(path: Path) -> list[Document]:
     """The rows of a file. The hidden states stay on disk (mapped) until they are used."""
     tensors = load_file(path)
     tokens, greedy, hidden = tensors["tokens"].long(), tensors["greedy"], tensors["hidden"]
-    return [Document(t, g, h, looked_up(t.tolist())) for t, g, h in zip(tokens, greedy, hidden, strict=True)]
+    nothing = torch.zeros(tokens.shape[1], 0)
+    return [Document(t, g, h, looked_up(t.tolist()), nothing, nothing) for t, g, h in zip(tokens, greedy, hidden, strict=True)]
 
 
-def split_files(folder: Path, held_out: int) -> tuple[list[Path], dict[str, list[Path]]]:
-    """Training files, and the last `held_out` files of each kind."""
-    by_kind = {kind: sorted(folder.glob(f"*-{kind}.safetensors")) for kind in KINDS}
-    training = [path for paths in by_kind.values() for path in paths[:-held_out]]
-    return training, {kind: paths[-held_out:] for kind, paths in by_kind.items()}
+def read_folder(folder: Path, held_out: int) -> tuple[list[Document], dict[str, list[Document]]]:
+    """Training documents, and the last `held_out` documents of each kind. The rows of a file are independent texts."""
+    paths = {kind: sorted(folder.glob(f"*-{kind}.safetensors")) for kind in KINDS}
+    by_kind = {kind: [document for path in paths[kind] for document in read_documents(path)] for kind in KINDS}
+    training = [document for documents in by_kind.values() for document in documents[:-held_out]]
+    return training, {kind: documents[-held_out:] for kind, documents in by_kind.items()}
 
 
 def cut_windows(documents: list[Document], length: int, keep_loops: float, generator: torch.Generator) -> list[Document]:
@@ -124,9 +134,9 @@ def is_loop(window: Document) -> bool:
 def pack(windows: list[Document]) -> Batch:
     """Windows end to end. The last token of a window is only ever a follower, so a window of S tokens gives S - 1 rows."""
     lengths = torch.tensor([len(w.tokens) - 1 for w in windows])
-    hidden = torch.cat([w.hidden[:-1] for w in windows])
-    token, greedy = (torch.cat([w[field][1:] for w in windows]) for field in (0, 1))
-    return Batch(hidden, token, greedy, torch.repeat_interleave(torch.arange(len(windows)), lengths))
+    token, greedy = (torch.cat([getattr(w, name)[1:] for w in windows]) for name in ("tokens", "greedy"))
+    hidden, slots, law = (torch.cat([getattr(w, name)[:-1] for w in windows]) for name in ("hidden", "slots", "law"))
+    return Batch(hidden, token, greedy, torch.repeat_interleave(torch.arange(len(windows)), lengths), slots.long(), law)
 
 
 def batches(documents: list[Document], args: argparse.Namespace, generator: torch.Generator) -> Iterator[Batch]:
@@ -271,27 +281,29 @@ class Head(nn.Module):
 # -------------------------------------------------------------------------------------------------------------------- loss
 
 
-class SoftCrossEntropy(torch.autograd.Function):
-    """z (n, D), weights of the vocabulary (C, D), target (n, C) summing to 1, importance (n,) -> loss (), choice (n,).
+class SparseCrossEntropy(torch.autograd.Function):
+    """Cross entropy with targets that are zero nearly everywhere, and what the head would have drafted.
 
+    z (n, D), weights of the vocabulary (C, D), slots and shares (n, F) of the target, importance (n,) -> loss (), choice (n,)
     The gradient is formed in the forward pass: the n x C matrices, the largest there are, are made once and dropped.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, vocabulary: Tensor, target: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        logits = (z.to(vocabulary.dtype) @ vocabulary.T).float()
-        choice = logits.argmax(-1)
-        inner = torch.linalg.vecdot(target, logits)
-        total = logits.logsumexp(-1)
-        gradient = logits.sub_(total[:, None]).exp_().sub_(target).mul_(importance[:, None])
+    def forward(
+        ctx: Any, z: Tensor, vocabulary: Tensor, slots: Tensor, shares: Tensor, importance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = z.to(vocabulary.dtype) @ vocabulary.T
+        law, choice = logits.softmax(-1, dtype=torch.float32), logits.argmax(-1)
+        surprise = -law.gather(1, slots).clamp(min=1e-30).log()
+        gradient = law.scatter_add_(1, slots, -shares).mul_(importance[:, None])
         ctx.save_for_backward((gradient.to(vocabulary.dtype) @ vocabulary).to(z.dtype))
         ctx.mark_non_differentiable(choice)
-        return ((total - inner) * importance).sum(), choice
+        return ((surprise * shares).sum(-1) * importance).sum(), choice
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None, None
+        return outer * gradient, None, None, None, None
 
 
 class Teacher:
@@ -301,7 +313,6 @@ class Teacher:
     """
 
     def __init__(self, base: LlamaForCausalLM, ids: Tensor) -> None:
-        self.ids = ids
         self.embedding = base.get_input_embeddings().weight.detach()
         self.output = base.get_output_embeddings().weight.detach()[ids].contiguous()
         self.slot = torch.full((len(self.embedding),), -1)
@@ -311,12 +322,16 @@ class Teacher:
         """token (n,) -> (n, D) float32."""
         return F.embedding(token, self.embedding).float()
 
-    def target(self, hidden: Tensor, label: Tensor, hard: float) -> Tensor:
-        """hidden (n, D), label (n,) a slot or -1 -> (n, C): the base's distribution, a labelled row mixed with its label."""
-        law = (hidden.to(self.output.dtype) @ self.output.T).float().softmax(-1)
-        share = hard * (label >= 0).float()
-        law.mul_(1 - share[:, None])
-        return law.scatter_add_(1, label.clamp(min=0)[:, None], share[:, None])
+    def read(self, document: Document) -> Document:
+        """The document with its `slots` and `law`: the base's FAVOURITES in the draft vocabulary, and their law among them."""
+        best = (document.hidden @ self.output.T).topk(FAVOURITES)
+        return document._replace(slots=best.indices.int(), law=best.values.softmax(-1, dtype=torch.float32))
+
+
+def mix(slots: Tensor, law: Tensor, label: Tensor, hard: float) -> tuple[Tensor, Tensor]:
+    """slots, law (n, F), label (n,) a slot or -1 -> slots, shares (n, F + 1): a labelled row gives `hard` to its label."""
+    share = torch.where(label >= 0, hard, 0.0)[:, None]
+    return torch.cat([slots, label.clamp(min=0)[:, None]], dim=1), torch.cat([law * (1 - share), share], dim=1)
 
 
 class Follower(NamedTuple):
@@ -363,8 +378,8 @@ def run_steps(head: Head, teacher: Teacher, batch: Batch, hard: float, sampled: 
     for step in range(1, DRAFTS + 1):
         follower = Follower.of(batch, chain.row, step, teacher)
         importance = importance_of(batch, follower, sampled if step == 1 else 0.0)
-        target = teacher.target(batch.hidden[follower.row], follower.label, hard)
-        loss, choice = SoftCrossEntropy.apply(chain.hidden, teacher.output, target, importance)
+        slots, shares = mix(batch.slots[follower.row], batch.law[follower.row], follower.label, hard)
+        loss, choice = SparseCrossEntropy.apply(chain.hidden, teacher.output, slots, shares, importance)
         hit = (choice == follower.label) & (follower.label >= 0)
         results.append(StepResult(loss, chain.row, hit))
         if step < DRAFTS and hit.any():
@@ -441,14 +456,15 @@ class Clock:
         """Share of the peak learning rate: linear warm-up, cosine to zero."""
         return min(1.0, self.progress / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress)))
 
+    def reading(self) -> dict[str, float]:
+        return {"minutes": round(self.elapsed, 2), "tokens": self.tokens, "rate": round(self.rate(), 4)}
+
 
 def make_optimizers(head: Head, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, AdamW for the norms."""
     matrices = [p for p in head.parameters() if p.ndim == 2]
     norms = [p for p in head.parameters() if p.ndim == 1]
-    muon = torch.optim.Muon(
-        matrices, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, adjust_lr_fn=args.adjust, ns_steps=args.ns
-    )
+    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(norms, lr=args.norm_lr, weight_decay=0.0, betas=(0.9, 0.99))]
 
 
@@ -505,8 +521,7 @@ def train(head: Head, teacher: Teacher, documents: list[Document], held_out: dic
         if over or clock.elapsed >= due:
             due = clock.elapsed + args.evaluate_every
             figures = {kind: evaluate(head, teacher, rows) for kind, rows in held_out.items()}
-            loss_1 = round(sum(losses) / len(losses), 4)
-            yield {"minutes": round(clock.elapsed, 2), "tokens": clock.tokens, "rate": round(clock.rate(), 4), "loss": loss_1, **figures}
+            yield {**clock.reading(), "loss": round(sum(losses) / len(losses), 4), **figures}
             losses.clear()
         if over:
             return
@@ -525,17 +540,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--accumulate", type=int, default=2, help="batches of 512 rows in one step of the optimizer")
-    parser.add_argument("--lr", type=float, default=2e-3, help="Muon's")
+    parser.add_argument("--lr", type=float, default=4e-3, help="Muon's")
     parser.add_argument("--norm-lr", type=float, default=2e-3, help="AdamW's, for the norms")
-    parser.add_argument("--adjust", default="original")
-    parser.add_argument("--ns", type=int, default=5)
-    parser.add_argument("--momentum", type=float, default=0.95)
-    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--hard", type=float, default=0.5, help="share of the label in the target")
     parser.add_argument("--sampled", type=float, default=0.3, help="importance of places whose token was sampled")
     parser.add_argument("--keep-loops", type=float, default=0.3, help="share of the looping windows that are kept")
-    parser.add_argument("--held-out-files", type=int, default=1, help="of each kind")
-    parser.add_argument("--held-out-rows", type=int, default=32, help="of each kind")
+    parser.add_argument("--held-out", type=int, default=24, help="documents of each kind")
     parser.add_argument("--evaluate-every", type=float, default=3, help="minutes")
     return parser.parse_args()
 
@@ -546,16 +557,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     log = args.log or args.out / "train.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
-    training, holding = split_files(args.data, args.held_out_files)
-    documents = [document for path in training for document in read_documents(path)]
-    held_out = {k: [d for path in paths for d in read_documents(path)][: args.held_out_rows] for k, paths in holding.items()}
+    documents, held_out = read_folder(args.data, args.held_out)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)
     ids = draft_vocabulary(documents, args.vocabulary, base.config.vocab_size)
     teacher, head = Teacher(base, ids), Head(base.config)
     head.start_from(base)
+    documents = [teacher.read(document) for document in documents]
+    held_out = {kind: [teacher.read(document) for document in group] for kind, group in held_out.items()}
     settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
-    names = sorted(path.name for paths in holding.values() for path in paths)
-    write_line(log, {"training_tokens": sum(len(d.tokens) for d in documents), "held_out": names, **settings})
+    write_line(log, {"training_tokens": sum(len(d.tokens) for d in documents), **settings})
     for report in train(head, teacher, documents, held_out, args):
         write_line(log, report)
         save_head(head, ids, base.config, args.out)

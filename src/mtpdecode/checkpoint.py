@@ -42,7 +42,7 @@ class Checkpoint:
         self.source = os.fspath(path_or_repo)
         self.config = _read_json(self._required("config.json"))
         index = self._find(INDEX)
-        names = sorted(set(_read_json(index)["weight_map"].values())) if index else [SINGLE]
+        names = _shards(index) if index else [SINGLE]
         self.files: dict[str, Path] = {}
         for path in map(self._required, names):
             self.files |= dict.fromkeys(_tensor_names(path), path)
@@ -125,8 +125,18 @@ def write_head(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"{str(path)!r} was to be read as JSON; {error}. Download or write it again.") from error
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{str(index)!r} was to say which file holds which tensor; it has no weight_map. Download it again."
+        )
+    return sorted(set(weight_map.values()))
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -176,10 +186,11 @@ def _assemble(parts: list[Tensor], like: Tensor) -> Tensor:
 
 def _check_names(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, plan: Mapping[str, list[Part]]) -> None:
     needed = {part.name for parts in plan.values() for part in parts}
-    prefixes = {spec.prefix.format(i=i, n=num_target_layers + i) for i in {int(ours.split(".")[1]) for ours in plan}}
-    present = {name for name in checkpoint.files for prefix in prefixes if name.startswith(prefix)}
+    num_layers = len({ours.split(".")[1] for ours in plan})
+    *prefixes, next_prefix = (spec.prefix.format(i=i, n=num_target_layers + i) for i in range(num_layers + 1))
+    present = {name for name in checkpoint.files if name.startswith((*prefixes, next_prefix))}  # a layer too many is surplus
     _refuse_quantised(checkpoint, present)
-    present -= {prefix + name for prefix in prefixes for name in spec.ignored}
+    present -= {prefix + name for prefix in (*prefixes, next_prefix) for name in spec.ignored}
     if not present:
         raise HeadWeightsError(
             f"The {spec.family} head of {checkpoint.source!r} was asked for, and its config promises one; the files hold none of "

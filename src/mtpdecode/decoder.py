@@ -64,6 +64,7 @@ class Options(NamedTuple):
         if "num_speculative_tokens" in said:
             said["schedule"] = schedule_for(said.pop("num_speculative_tokens"))
         options = self._replace(**said)
+        _ = options.rule  # an unknown name is an error now, before anything has begun
         if options.draft_sampling not in ("sample", "greedy"):
             raise GenerationError(f"draft_sampling={options.draft_sampling!r} was asked for; it is 'sample' or 'greedy'.")
         return options
@@ -84,7 +85,7 @@ class MTPDecoder:
     def __init__(self, target: PreTrainedModel, proposer: Proposer, options: Options, cache: CacheFactory) -> None:
         self.target, self.proposer, self.options, self._cache_factory = target, proposer, options, cache
         self.head = proposer.head if isinstance(proposer, MTPProposer) else None
-        self._windows, self._attention = layer_windows(text_config(target), type(target).__name__), check_attention(target)
+        self._layout()  # a layer or an attention that is not ours is an error now, not at the first call
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
         self.metrics: Metrics | None = None
@@ -120,7 +121,6 @@ class MTPDecoder:
         suits = proposer.head.num_speculative_tokens if isinstance(proposer, MTPProposer) else 3
         schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens)
         options = Options(schedule, draft_sampling, acceptance).replaced({})
-        _ = options.rule  # an unknown name is an error now, not at the first call
         return cls(target, proposer, options, cache)
 
     @classmethod
@@ -185,6 +185,10 @@ class MTPDecoder:
     def _prepare(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[Request, Options]:
         """Let transformers prepare configuration, processors and criteria as it would for its own loop."""
         if inputs is not None:
+            if kwargs.get("input_ids") is not None:
+                raise GenerationError(
+                    "generate() was given a prompt twice, first by position and then as input_ids=. Pass one of them."
+                )
             kwargs["input_ids"] = inputs
         check_keywords(self.target, kwargs)
         check_inputs(self.target, kwargs)
@@ -205,8 +209,8 @@ class MTPDecoder:
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer, options, model_kwargs
             )
 
-        model: Any = self.target
-        request: Request = model.generate(**given, custom_generate=prepared)
+        plain: Any = type(self.target)  # not the model's own attribute, which may be us: model.generate = decoder.generate
+        request: Request = plain.generate(self.target, **given, custom_generate=prepared)
         return request.as_given(kwargs), options
 
     def _take_stop_strings(self, kwargs: dict[str, Any]) -> None:
@@ -275,12 +279,12 @@ class MTPDecoder:
     def _roles(self, request: Request, options: Options) -> Roles:
         """Everything that lives as long as one call."""
         sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
-        caches = [self._new_cache(request, self._windows, text_config(self.target).num_hidden_layers)]
+        caches = [self._new_cache(request, self._layout(), text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, MTPProposer):
-            config = proposer.head.config
-            caches.append(self._new_cache(request, layer_windows(config, "the MTP head"), proposer.head.num_layers))
+            proposer = copy(proposer)  # it holds the call's cache: two streams of one decoder must not meet
+            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_layers))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
         call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose)
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
@@ -288,8 +292,13 @@ class MTPDecoder:
         verifier = Verifier(self.target, caches[0], sampler, hidden, request.prompt)
         return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
 
-    def _new_cache(self, request: Request, windows: dict[str, int | None], num_layers: int) -> KVCacheManager:
-        layout = CacheLayout(windows, self._attention, self.target.dtype)
+    def _layout(self, head: MTPHead | None = None) -> CacheLayout:
+        """What a cache of the target, or of the head, must know; asked anew each call, for set_attn_implementation may be called."""
+        config = head.config if head else text_config(self.target)
+        name = "The MTP head" if head else type(self.target).__name__
+        return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype)
+
+    def _new_cache(self, request: Request, layout: CacheLayout, num_layers: int) -> KVCacheManager:
         lengths = request.prompt.lengths
         return self._cache_factory(layout, num_layers, lengths.shape[0], lengths.device)
 

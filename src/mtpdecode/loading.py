@@ -19,7 +19,7 @@ from .head import MTPHead
 from .spec import MTPSpec
 from .target import decoder_of, text_config
 
-HEAD_FILE = "model-mtp.safetensors"
+TARGET_FILE, HEAD_FILE = "model-target.safetensors", "model-mtp.safetensors"
 
 
 def load_target(path_or_repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -48,7 +48,8 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
     if not place:
         raise UnsupportedModelError(
             f"The head of {name} was asked for; the model was built in memory and names no checkpoint to read it from. "
-            "Pass head='FOLDER/OR/REPOSITORY', or head=MTPHead(model, spec) for one with random weights."
+            "Pass head='FOLDER/OR/REPOSITORY', or head=MTPHead(model, spec) for one with random weights; to speculate without a head, "
+            "proposer=NGramProposer()."
         )
     checkpoint = Checkpoint(place)
     return _read(target, checkpoint, spec or spec_for(config.model_type, name, checkpoint.files))
@@ -101,12 +102,19 @@ def save_together(target: PreTrainedModel, head: MTPHead, folder: str | os.PathL
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = Path(scratch) / "checkpoint"
-        target.save_pretrained(whole)
+        as_it_was = dict(vars(target.config))
+        try:
+            target.save_pretrained(whole)
+        finally:
+            vars(target.config).update(as_it_was)  # transformers writes the dtype as a string into the config of what it saves
         save_head(head, Path(scratch) / "head")
+        if (whole / SINGLE).exists():  # transformers would read a file of this name alone, and no index
+            os.replace(whole / SINGLE, whole / TARGET_FILE)
         os.replace(Path(scratch) / "head" / SINGLE, whole / HEAD_FILE)
         _index(whole)
         config = json.loads((whole / "config.json").read_text())
-        config |= {head.spec.num_layers_keys[0]: head.num_layers, "num_speculative_tokens": head.num_speculative_tokens}
+        config |= dict.fromkeys(head.spec.num_layers_keys, head.num_layers)
+        config["num_speculative_tokens"] = head.num_speculative_tokens
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _swap(whole, folder)
 

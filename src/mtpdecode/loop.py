@@ -36,6 +36,11 @@ class Roles(NamedTuple):
         """The widest window W: the largest K, and the pending token."""
         return max(self.schedule.choices) + 1
 
+    def reserve(self, num_tokens: int) -> None:
+        """Slots for the next round of rows that hold at most num_tokens: the widest window, and what the head drafts past it."""
+        for cache in self.caches:
+            cache.reserve(num_tokens + 2 * self.width + self.proposer.lag)
+
 
 class Round(NamedTuple):
     """What a round appended, on the host: per row its new tokens (none where the row had finished), and which rows are done."""
@@ -48,6 +53,7 @@ def decode_round(
     state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
 ) -> tuple[DecodeState, Verdict]:
     """Propose, score, accept, stop, commit. The state moves on; nothing moves back."""
+    noise = noise.of_round(state.text.lengths)
     draft = roles.proposer.propose(state, num_speculative_tokens, noise)
     clock.lap("propose")
     scores, hidden = roles.verifier.score(state, draft)
@@ -56,7 +62,7 @@ def decode_round(
     verdict, done = roles.stopping.truncate(verdict, state)
     roles.verifier.cache.commit(verdict.counts)
     lag = roles.proposer.lag
-    fresh = state.fresh.last(min(lag, state.fresh.states.shape[1])).extended(hidden, verdict.counts, roles.width + lag)
+    fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
     clock.lap("accept")
     return state.appended(verdict, fresh, done), verdict
 
@@ -77,8 +83,9 @@ def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_si
     So the first round drafts already, and is like every other.
     """
     keep, remaining = roles.proposer.lag + 1, int(prompt.lengths.max()) - 1
-    rows, dtype = text.lengths.shape[0], roles.verifier.target.dtype
-    fresh = Fresh(torch.zeros(rows, 0, hidden_size, dtype=dtype, device=text.lengths.device), torch.zeros_like(text.lengths))
+    nothing = torch.zeros_like(text.lengths)
+    states = torch.zeros(len(nothing), keep, hidden_size, dtype=roles.verifier.target.dtype, device=nothing.device)
+    fresh = Fresh(states, nothing)
     for start in range(0, remaining, chunk_size):
         size = min(chunk_size, remaining - start)
         counts = (prompt.lengths - 1 - start).clamp(0, size)
@@ -86,11 +93,8 @@ def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_si
         fresh = fresh.extended(hidden, counts, keep + size)
         roles.proposer.absorb(text, fresh)
         fresh = fresh.last(keep)
-    if not fresh.states.shape[1]:  # one-token prompts: nothing is known yet, and the first draft is a blind guess
-        fresh = Fresh(text.lengths.new_zeros(rows, 1, hidden_size, dtype=dtype), fresh.counts)
-    nothing = fresh.states[:, :1]
-    fresh = fresh.extended(nothing, torch.zeros_like(fresh.counts), roles.width + roles.proposer.lag)
-    return DecodeState(text, fresh, torch.zeros_like(text.lengths, dtype=torch.bool))
+    fresh = fresh.extended(states, nothing, roles.width + roles.proposer.lag)  # after a one-token prompt the head guesses blindly
+    return DecodeState(text, fresh, nothing.bool())
 
 
 def decode(
@@ -98,16 +102,12 @@ def decode(
 ) -> Iterator[Round]:
     """Prefill, then rounds until every row is done; one host read a round."""
     clock, lengths = Clock(metrics.seconds), prompt.lengths.tolist()
-    budget, overhang = roles.stopping.max_lengths.tolist(), roles.width + roles.proposer.lag + max(roles.schedule.choices)
-    for cache in roles.caches:
-        cache.reserve(max(lengths) + overhang)
+    roles.reserve(max(lengths))
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
-        room = max(limit - length for limit, length, is_done in zip(budget, lengths, done, strict=True) if not is_done)
-        num_drafted = min(roles.schedule.next_length(metrics), room - 1)
-        for cache in roles.caches:
-            cache.reserve(max(lengths) + overhang)
+        num_drafted = roles.schedule.next_length(metrics)
+        roles.reserve(max(lengths))
         state, verdict = decode_round(state, roles, num_drafted, noise, clock)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]

@@ -127,15 +127,13 @@ class MTPProposer(Proposer):
         """The absorbing pass gives a token per depth; the rest are single steps of the last depth past the end."""
         text, fresh, picks = state.text, state.fresh, []
         window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
-        last = Fresh(fresh.states, fresh.counts)
         for depth in range(self.num_depths):
             normed, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1), hidden, window)
-            last = Fresh(torch.cat([normed, hidden], dim=-1), fresh.counts.clamp(min=1)).last(1)
-            picks.append(self._pick(last.states[:, 0, : normed.shape[-1]], text, depth, noise))
+            picks.append(self._pick(_last(normed, fresh.counts)[:, 0], text, depth, noise))
             text = text.with_draft(picks[-1].tokens, depth)
         absorbed = (fresh.counts - self.lag).clamp(min=0)
         self.cache.commit(absorbed)
-        hidden = last.states[..., hidden.shape[-1] :]
+        hidden = _last(hidden, fresh.counts)
         for step in range(self.num_depths, num_speculative_tokens):
             window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
             normed, hidden = self.head(self.num_depths - 1, self.head.embed(picks[-1].tokens), hidden, window)
@@ -160,6 +158,11 @@ class MTPProposer(Proposer):
         law = sampler.law(scores)
         token = race(law, noise.exponential(text.lengths + position, self.call.purpose, law.shape[-1]))
         return Draft(token[:, None], law[:, None])
+
+
+def _last(states: Tensor, counts: Tensor) -> Tensor:
+    """states (B, T, D), counts (B,) -> (B, 1, D), the last real one; in a row that has none, the first."""
+    return Fresh(states, counts.clamp(min=1)).last(1).states
 
 
 def _joined(picks: list[Draft], state: DecodeState) -> Draft:

@@ -30,6 +30,7 @@ NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "guidance_scale": ((None, 1, 1.0), "guidance runs the model a second time behind our back"),
     "negative_prompt_ids": ((None,), "guidance runs the model a second time behind our back"),
     "negative_prompt_attention_mask": ((None,), "guidance runs the model a second time behind our back"),
+    "custom_generate": ((None,), "mtpdecode takes its place"),
     "token_healing": ((None, False), "it rewrites the prompt"),
     "assistant_model": ((None,), "the model's own head drafts here"),
     "prompt_lookup_num_tokens": ((None,), "pass proposer=NGramProposer() to MTPDecoder.from_model instead"),
@@ -72,7 +73,7 @@ class Request(NamedTuple):
         """New tokens per row -> (B, P + n) int64, as `model.generate` returns them."""
         width = max(map(len, rows))
         new = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.input_ids.device)
-        return torch.cat([self.input_ids, new.view(len(rows), width).to(self.input_ids.dtype)], dim=1)
+        return torch.cat([self.input_ids.long(), new.view(len(rows), width)], dim=1)
 
     def as_given(self, kwargs: Mapping[str, Any]) -> Request:
         """With the prompt as the user gave it, where it was padded on the right (see `left_padded`)."""
@@ -175,6 +176,7 @@ def request_from(
     """Put what transformers prepared in our terms. overhang: slots of text to have past the longest row."""
     shown = input_ids if inputs_embeds is None else inputs_embeds
     mask = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if attention_mask is None else attention_mask.long()
+    _check_mask(mask, shown.shape[:2])  # transformers makes one itself where a prompt without a mask holds the padding token
     prompt = _left_aligned(input_ids, mask, inputs_embeds)
     budget = min([config.max_length, *(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))]) - input_ids.shape[1]
     room = prompt.tokens.new_zeros(prompt.tokens.shape[0], budget + overhang)
@@ -202,8 +204,8 @@ def _left_aligned(input_ids: Tensor, mask: Tensor, embeds: Tensor | None) -> Pro
     """
     order = (1 - mask).argsort(dim=-1, stable=True)
     if embeds is None:
-        return Prompt(input_ids.gather(1, order), mask.sum(-1))
-    tokens = input_ids.gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
+        return Prompt(input_ids.long().gather(1, order), mask.sum(-1))
+    tokens = input_ids.long().gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
     return Prompt(tokens, mask.sum(-1), embeds.gather(1, order[..., None].expand_as(embeds)))
 
 
@@ -235,6 +237,8 @@ def seeds_for(seed: int | Sequence[int] | None, like: Tensor) -> Tensor:
     """(B,) int64. None: from torch's own generator, so torch.manual_seed holds; an int: a stream per row, that of row 0 being the
     one that [seed] gives to a row alone; a list: a seed per row."""
     num_rows = like.shape[0]
+    if not (seed is None or _is_int(seed) or (isinstance(seed, Sequence) and all(map(_is_int, seed)))):
+        raise GenerationError(f"seed={seed!r} was asked for. Pass one int, or a list of one int per row.")
     if seed is None:
         return torch.randint(2**62, (num_rows,), device="cpu").to(like.device)
     if isinstance(seed, int):
@@ -242,6 +246,10 @@ def seeds_for(seed: int | Sequence[int] | None, like: Tensor) -> Tensor:
     if len(seed) != num_rows:
         raise GenerationError(f"seed holds {len(seed)} numbers; the batch has {num_rows} rows. Pass one int, or one per row.")
     return torch.stack([_scaled(each, like) for each in seed])
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _scaled(seed: int, like: Tensor) -> Tensor:

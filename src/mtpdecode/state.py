@@ -159,10 +159,21 @@ class Noise(NamedTuple):
     A counter-based hash in int32 arithmetic, so that it gives the same numbers on every device, for every batch and every K,
     and lives inside a compiled graph. The mixing step is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
 
-    seeds  (B,) int64
+    seeds   (B,) int64
+    starts  (B,) int64, where the current round began; None outside of rounds
     """
 
     seeds: Tensor
+    starts: Tensor | None = None
+
+    def of_round(self, starts: Tensor) -> Noise:
+        """With fresh DRAFT and ACCEPT numbers for the round that begins at positions starts (B,).
+
+        A rule may look at the tests of tokens that it then refuses, as block verification does: those numbers have decided
+        something and must not come again when their positions are drafted anew. TARGET numbers belong to their position alone;
+        each is used once, for the token that is appended there.
+        """
+        return self._replace(starts=starts)
 
     def exponential(self, positions: Tensor, purpose: int, num_tokens: int) -> Tensor:
         """(B, V) float32, Exp(1), one for each token; positions (B,)."""
@@ -178,8 +189,11 @@ class Noise(NamedTuple):
 
     def _keys(self, positions: Tensor, purpose: int) -> tuple[Tensor, Tensor]:
         """Two int32 keys per entry of positions (B,) or (B, n)."""
-        seeds = self.seeds.reshape(-1, *[1] * (positions.dim() - 1)).expand_as(positions)
+        rows = [-1] + [1] * (positions.dim() - 1)
+        seeds = self.seeds.reshape(rows).expand_as(positions)
         words = [seeds, seeds >> 32, positions, torch.full_like(positions, purpose)]
+        if self.starts is not None and purpose != Purpose.TARGET:
+            words.append(self.starts.reshape(rows).expand_as(positions))
         low, high = torch.zeros_like(positions, dtype=torch.int32), torch.ones_like(positions, dtype=torch.int32)
         for word in words:
             low = _mix(low ^ _low_bits(word))

@@ -84,7 +84,7 @@ class TableLM(LlamaForCausalLM):
             max_position_embeddings=512,
             bos_token_id=None,
             eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=None,
         )
         super().__init__(config)
         self.table = table

@@ -31,6 +31,11 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def decoder_of(model: PreTrainedModel) -> Any:
     """The module with `layers`, `norm` and `rotary_emb`. Raises UnsupportedModelError where there is none."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A transformers model was to be decoded; found {type(model).__name__}. Load one with AutoModelForCausalLM, or pass a "
+            "folder or repository to MTPDecoder.from_pretrained."
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; mtpdecode decodes causal language models. "
@@ -72,12 +77,12 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     return {name: getattr(layer, "sliding_window", None) for name, layer in zip(names, layers, strict=True)}
 
 
-def check_attention(model: PreTrainedModel) -> str:
+def check_attention(config: PreTrainedConfig, class_name: str) -> str:
     """The attention implementation, if it takes a ready mask. Raises UnsupportedModelError otherwise."""
-    implementation = str(text_config(model)._attn_implementation)
+    implementation = str(config._attn_implementation)
     if implementation not in ATTENTION:
         raise UnsupportedModelError(
-            f"{type(model).__name__} runs attn_implementation={implementation!r}, which takes no ready mask for ragged rows. "
+            f"{class_name} runs attn_implementation={implementation!r}, which takes no ready mask for ragged rows. "
             'Load it with attn_implementation="sdpa" (or "eager").'
         )
     return implementation
