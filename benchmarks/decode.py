@@ -64,7 +64,6 @@ def load(dtype: torch.dtype, folder: Path) -> tuple[mtpdecode.MTPDecoder, Any]:
 def prepare_for_use_mtp(target: PreTrainedModel) -> None:
     """transformers finds MTP weights by names that it lists per model class; Llama has none, so this instance gets its own."""
     first = target.config.num_hidden_layers
-    target.config.num_mtp_layers = 1
     target._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first}\..*"]
 
 

@@ -20,6 +20,7 @@ from .families import families as families
 from .head import MTPHead as MTPHead
 from .loading import save_head as save_head
 from .metrics import Metrics as Metrics
+from .presets import load as load
 from .proposer import MTPProposer as MTPProposer
 from .proposer import NGramProposer as NGramProposer
 from .proposer import Proposer as Proposer

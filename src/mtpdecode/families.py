@@ -82,6 +82,17 @@ def families() -> list[dict[str, object]]:
     ]
 
 
+def families_table() -> str:
+    """The table as Markdown: `docs/families.md` holds it."""
+    lines = ["| family | model types | checkpoints | counted by | tensors | fed, order, recycled | held to |", "|---|---|---|---|---|---|---|"]
+    for row in FAMILIES:
+        how = f"{row.hidden}, {row.combine}, {row.recycle}"
+        types, examples = ", ".join(f"`{name}`" for name in row.model_types), ", ".join(row.examples)
+        cells = (f"`{row.family}`", types, examples, f"`{row.num_layers_keys[0]}`", f"`{row.prefix}*`", how, row.verified)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def spec_for(model_type: str, class_name: str, tensor_names: Iterable[str] = ()) -> MTPSpec:
     """The row that goes with a model type. Where several do, the one whose tensors the checkpoint has.
 

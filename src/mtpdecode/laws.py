@@ -54,7 +54,7 @@ def verdict_laws(
     """Like `exact_laws`, of the 1 to K + 1 tokens that one round appends."""
     rows = [row for which, laws in enumerate(problems) for row in _drafts(which, *laws, num_draft, sampled)]
     probs = torch.stack([row.probs for row in rows]) if sampled and num_draft else None
-    draft = Draft(torch.tensor([row.tokens for row in rows]).view(len(rows), num_draft), probs)
+    draft = Draft(torch.tensor([row.tokens for row in rows], dtype=torch.long).view(len(rows), num_draft), probs)
     target_probs = torch.stack([row.target_probs for row in rows])
     outcomes = _matched(draft, target_probs) if rule is None else _judged(rule, draft, target_probs)
     laws: list[TextLaw] = [defaultdict(float) for _ in problems]

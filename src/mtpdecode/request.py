@@ -203,9 +203,9 @@ def _left_aligned(input_ids: Tensor, mask: Tensor, embeds: Tensor | None) -> Pro
          c d e f         1 1 1 1    ->    c d e f              4
     """
     order = (1 - mask).argsort(dim=-1, stable=True)
+    tokens = (input_ids.long() * mask).gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
     if embeds is None:
-        return Prompt(input_ids.long().gather(1, order), mask.sum(-1))
-    tokens = input_ids.long().gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
+        return Prompt(tokens, mask.sum(-1))
     return Prompt(tokens, mask.sum(-1), embeds.gather(1, order[..., None].expand_as(embeds)))
 
 
