@@ -112,7 +112,7 @@ class _RaggedLayer(CacheLayerMixin):
     is_compileable = True
 
     def __init__(self, slots: _Slots) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -215,16 +215,15 @@ class MTPDecoder:
 
     def _take_stop_strings(self, kwargs: dict[str, Any]) -> None:
         """transformers forgets the tokenizer on its way to a custom_generate, so the criterion is made here."""
-        config = kwargs.get("generation_config") or self.target.generation_config
-        strings, tokenizer = kwargs.pop("stop_strings", None) or config.stop_strings, kwargs.pop("tokenizer", None)
+        configs = (kwargs.get("generation_config"), self.target.generation_config)
+        said = [kwargs.get("stop_strings"), *(config.stop_strings for config in configs if config is not None)]
+        strings, tokenizer = next((each for each in said if each is not None), None), kwargs.pop("tokenizer", None)
         if strings is None:
             return
         if tokenizer is None:
             raise GenerationError(f"stop_strings={strings!r} was asked for without a tokenizer. Pass tokenizer=tokenizer too.")
-        own = copy(config)
-        own.stop_strings = None
         criterion = StopStringCriteria(tokenizer, strings)
-        kwargs["generation_config"] = own
+        kwargs["stop_strings"] = None  # as a keyword it takes precedence over both configurations
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
 
     def _request(

@@ -55,7 +55,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 def lm_head_of(model: PreTrainedModel) -> Any:
     """The output layer, or None."""
-    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return model.get_output_embeddings()
 
 
 def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | None]:

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import mtpdecode
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import mtpdecode
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 
 def tiny_tokenizer():
     """Words of the README's prompts; everything else is unknown."""
-    words = "[UNK] The future of AI is".split()
+    words = ["[UNK]", "The", "future", "of", "AI", "is"]
     tokenizer = Tokenizer(models.WordLevel({word: 4 + i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
