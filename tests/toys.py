@@ -27,6 +27,8 @@ def tiny_llama(vocab_size: int = 6, seed: int = 0, dtype: torch.dtype = torch.fl
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 

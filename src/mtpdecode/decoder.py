@@ -292,7 +292,7 @@ class MTPDecoder:
         return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
 
     def _layout(self, head: MTPHead | None = None) -> CacheLayout:
-        """What a cache of the target, or of the head, must know; asked anew each call, for set_attn_implementation may be called."""
+        """What a cache of the target, or of the head, must know; asked anew each call: set_attn_implementation may come between."""
         config = head.config if head else text_config(self.target)
         name = "The MTP head" if head else type(self.target).__name__
         return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype)

@@ -84,10 +84,8 @@ def families() -> list[dict[str, object]]:
 
 def families_table() -> str:
     """The table as Markdown: `docs/families.md` holds it."""
-    lines = [
-        "| family | model types | checkpoints | counted by | tensors | fed, order, recycled | held to |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ("family", "model types", "checkpoints", "counted by", "tensors", "fed, order, recycled", "held to")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in FAMILIES:
         how = f"{row.hidden}, {row.combine}, {row.recycle}"
         types, examples = ", ".join(f"`{name}`" for name in row.model_types), ", ".join(row.examples)

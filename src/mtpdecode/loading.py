@@ -48,8 +48,8 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
     if not place:
         raise UnsupportedModelError(
             f"The head of {name} was asked for; the model was built in memory and names no checkpoint to read it from. "
-            "Pass head='FOLDER/OR/REPOSITORY', or head=MTPHead(model, spec) for one with random weights; to speculate without a head, "
-            "proposer=NGramProposer()."
+            "Pass head='FOLDER/OR/REPOSITORY', or head=MTPHead(model, spec) for one with random weights; "
+            "to speculate without a head, proposer=NGramProposer()."
         )
     checkpoint = Checkpoint(place)
     return _read(target, checkpoint, spec or spec_for(config.model_type, name, checkpoint.files))

@@ -33,8 +33,8 @@ def decoder_of(model: PreTrainedModel) -> Any:
     """The module with `layers`, `norm` and `rotary_emb`. Raises UnsupportedModelError where there is none."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"A transformers model was to be decoded; found {type(model).__name__}. Load one with AutoModelForCausalLM, or pass a "
-            "folder or repository to MTPDecoder.from_pretrained."
+            f"A transformers model was to be decoded; found {type(model).__name__}. "
+            "Load one with AutoModelForCausalLM, or pass a folder or repository to MTPDecoder.from_pretrained."
         )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(

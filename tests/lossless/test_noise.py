@@ -1,5 +1,7 @@
-"""The keyed noise: uniform, independent where it must be, the same where it must be. All seeds are fixed; each test of a hypothesis
-has a false-alarm rate of 1e-4, should the hash ever change."""
+"""The keyed noise: uniform, independent where it must be, the same where it must be.
+
+All seeds are fixed. Should the hash ever change, each statistic is refused by chance with a probability of at most 1e-4.
+"""
 
 import math
 
@@ -10,11 +12,11 @@ from scipy import stats
 
 from mtpdecode.request import seeds_for
 from mtpdecode.sampling import race
-from mtpdecode.state import Noise, Purpose
+from mtpdecode.state import Noise, Purpose, _to_unit
 
 ALPHA = 1e-4
 PURPOSES = (Purpose.TARGET, Purpose.DRAFT, Purpose.ACCEPT)
-ROWS, POSITIONS = 400, 250
+ROWS, POSITIONS = 2000, 250
 
 
 def noise(num_rows=ROWS, seed=0):
@@ -115,7 +117,7 @@ def test_a_row_alone_has_the_seed_of_its_row():
 
 @pytest.mark.parametrize("purpose", PURPOSES)
 def test_uniform(purpose):
-    """100,000 numbers over rows and positions are uniform in the open interval (0, 1): Kolmogorov-Smirnov, and 1,000 cells."""
+    """500,000 numbers over rows and positions are uniform in the open interval (0, 1): Kolmogorov-Smirnov, and 1,000 cells."""
     numbers = noise().uniform(positions(), purpose).flatten().double()
     assert 0 < numbers.min()
     assert numbers.max() < 1
@@ -144,8 +146,6 @@ def test_exponential(axis):
 
 def test_extreme_numbers_stay_finite():
     """Bits of all zeros and all ones give a number above 0 and below 1, whose exponential is finite and not 0."""
-    from mtpdecode.state import _to_unit
-
     ends = _to_unit(torch.tensor([0, -1, 2**31 - 1, -(2**31)], dtype=torch.int32))
     assert 0 < ends.min() < 1e-9
     assert ends.max() < 1
@@ -159,7 +159,7 @@ def assert_independent(first, second):
     """No linear correlation, and a uniform 10 x 10 table of (first, second)."""
     first, second = first.flatten().double(), second.flatten().double()
     correlation = torch.corrcoef(torch.stack([first, second]))[0, 1]
-    assert abs(correlation) * math.sqrt(len(first)) < 4, f"correlation {correlation:.4f}"
+    assert abs(correlation) * math.sqrt(len(first)) < 4.5, f"correlation {correlation:.4f}"
     cells = torch.bincount((first * 10).long() * 10 + (second * 10).long(), minlength=100)
     assert stats.chisquare(cells.numpy()).pvalue > ALPHA
 
@@ -226,17 +226,12 @@ def test_races_are_won_in_proportion(weights):
 
 
 def test_races_over_a_real_vocabulary():
-    """49,152 tokens, one of them with half of the weight: it wins half of 4,000 races, and the others evenly."""
+    """49,152 tokens, one of them with half of the weight: it wins half of 400 races, and the others evenly."""
     weights = torch.ones(49_152)
     weights[7] = 49_151
-    wins = 0
-    rest = []
-    for batch in range(20):
-        winners = race(weights.expand(200, -1), exponentials(Purpose.TARGET, num_rows=200, num_tokens=49_152, seed=batch))
-        wins += int((winners == 7).sum())
-        rest += winners[winners != 7].tolist()
-    assert stats.binomtest(wins, 4000, 0.5).pvalue > ALPHA
-    assert stats.kstest(np.array(rest) / 49_152, "uniform").pvalue > ALPHA
+    winners = race(weights.expand(400, -1), exponentials(Purpose.TARGET, num_rows=400, num_tokens=49_152))
+    assert stats.binomtest(int((winners == 7).sum()), 400, 0.5).pvalue > ALPHA
+    assert stats.kstest(winners[winners != 7].numpy() / 49_152, "uniform").pvalue > ALPHA
 
 
 def test_racing_laws_draw_the_same_token_where_they_agree():
