@@ -30,6 +30,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,7 +368,11 @@ def importance_of(batch: Batch, follower: Follower, sampled: float) -> Tensor:
     return torch.where(follower.label >= 0, 1.0, unlabelled)
 
 
-@torch.autocast("cpu", torch.bfloat16)  # here, not around the whole run: autocast keeps its copies of the weights until it ends
+def half_precision() -> torch.autocast:
+    """bfloat16 products on float32 weights. One per use: the context is not shared by threads, its cache would go stale."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
 def run_steps(head: Head, teacher: Teacher, batch: Batch, hard: float, sampled: float) -> list[StepResult]:
     """All drafts of a batch; a chain goes on where its draft hit."""
     everywhere = torch.arange(len(batch.token))
@@ -422,7 +427,8 @@ def evaluate(head: Head, teacher: Teacher, documents: list[Document]) -> dict[st
     hits, tries, tokens, rounds = [0] * DRAFTS, [0] * DRAFTS, 0, 0
     for document in documents:
         batch = pack([document])
-        results = run_steps(head, teacher, batch, hard=1.0, sampled=0.0)
+        with half_precision():
+            results = run_steps(head, teacher, batch, hard=1.0, sampled=0.0)
         counts = accepted_counts(results, len(batch.token))
         starts = torch.nonzero(batch.greedy[:-1] & batch.greedy[1:]).squeeze(1)
         reached = [int((counts[starts] >= step).sum()) for step in range(DRAFTS + 1)]
@@ -461,19 +467,21 @@ class Clock:
 
 
 def make_optimizers(head: Head, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices, AdamW for the norms."""
-    matrices = [p for p in head.parameters() if p.ndim == 2]
+    """Muon for the matrices, in equal shares for two threads; AdamW for the norms."""
+    matrices = sorted((p for p in head.parameters() if p.ndim == 2), key=Tensor.numel, reverse=True)
     norms = [p for p in head.parameters() if p.ndim == 1]
-    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(norms, lr=args.norm_lr, weight_decay=0.0, betas=(0.9, 0.99))]
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    muons = [torch.optim.Muon(share, **settings) for share in (matrices[::2], matrices[1::2])]
+    return [*muons, torch.optim.AdamW(norms, lr=args.norm_lr, weight_decay=0.0, betas=(0.9, 0.99))]
 
 
-def update(optimizers: list[torch.optim.Optimizer], peaks: list[float], rate: float) -> None:
-    for optimizer, peak in zip(optimizers, peaks, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def gradients(head: Head, teacher: Teacher, batch: Batch, args: argparse.Namespace) -> tuple[float, tuple[Tensor, ...]]:
+    """-> the loss of draft 1, the gradients of all parameters. Touches nothing shared: threads run it side by side."""
+    with half_precision():
+        results = run_steps(head, teacher, batch, args.hard, args.sampled)
+    count = len(results[0].row)
+    loss = sum(result.loss for result in results) / count
+    return results[0].loss.item() / count, torch.autograd.grad(loss, list(head.parameters()))
 
 
 def save_head(head: Head, ids: Tensor, config: LlamaConfig, folder: Path) -> None:
@@ -503,28 +511,39 @@ def write_line(path: Path, line: dict[str, Any]) -> None:
         file.write(text + "\n")
 
 
-def train(head: Head, teacher: Teacher, documents: list[Document], held_out: dict[str, list[Document]], args: argparse.Namespace):
-    """-> one report (see `evaluate`) after every `args.evaluate_every` minutes, and the last at the end of the run."""
-    optimizers = make_optimizers(head, args)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    clock, due, losses = Clock(args.minutes, args.tokens), args.evaluate_every, []
+class Trainer:
+    """Takes the steps. `pool`: one thread per core, each with its own batch (more threads to one product wait for each other)."""
+
+    def __init__(self, head: Head, teacher: Teacher, args: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
+        self.head, self.teacher, self.args, self.pool = head, teacher, args, pool
+        self.optimizers = make_optimizers(head, args)
+        self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+
+    def step(self, group: list[Batch], rate: float) -> float:
+        """One update from the mean gradient of the batches, at `rate` times the peak learning rates -> mean loss of draft 1."""
+        losses, found = zip(*self.pool.map(lambda b: gradients(self.head, self.teacher, b, self.args), group), strict=True)
+        for parameter, *parts in zip(self.head.parameters(), *found, strict=True):
+            parameter.grad = torch.stack(parts).mean(0)
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
+        list(self.pool.map(lambda optimizer: optimizer.step(), self.optimizers))
+        return sum(losses) / len(losses)
+
+
+def train(trainer: Trainer, documents: list[Document], held_out: dict[str, list[Document]]) -> Iterator[dict[str, Any]]:
+    """-> one report (see `evaluate`) after every `evaluate_every` minutes, and the last at the end of the run."""
+    head, teacher, args = trainer.head, trainer.teacher, trainer.args
     stream = batches(documents, args, torch.Generator().manual_seed(args.seed))
-    while True:
-        for batch in itertools.islice(stream, args.accumulate):
-            results = run_steps(head, teacher, batch, args.hard, args.sampled)
-            count = len(results[0].row)
-            (sum(result.loss for result in results) / count).backward()
-            clock.tokens += len(batch.token)
-            losses.append(results[0].loss.item() / count)
-        update(optimizers, peaks, clock.rate())
-        over = clock.progress >= 1
-        if over or clock.elapsed >= due:
-            due = clock.elapsed + args.evaluate_every
+    clock, due, losses = Clock(args.minutes, args.tokens), args.evaluate_every, []
+    while clock.progress < 1:
+        group = list(itertools.islice(stream, args.accumulate))
+        losses.append(trainer.step(group, clock.rate()))
+        clock.tokens += sum(len(batch.token) for batch in group)
+        if clock.progress >= 1 or clock.elapsed >= due:
             figures = {kind: evaluate(head, teacher, rows) for kind, rows in held_out.items()}
             yield {**clock.reading(), "loss": round(sum(losses) / len(losses), 4), **figures}
+            due = clock.elapsed + args.evaluate_every
             losses.clear()
-        if over:
-            return
 
 
 def parse_args() -> argparse.Namespace:
@@ -554,7 +573,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     log = args.log or args.out / "train.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     documents, held_out = read_folder(args.data, args.held_out)
@@ -566,9 +585,10 @@ def main() -> None:
     held_out = {kind: [teacher.read(document) for document in group] for kind, group in held_out.items()}
     settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     write_line(log, {"training_tokens": sum(len(d.tokens) for d in documents), **settings})
-    for report in train(head, teacher, documents, held_out, args):
-        write_line(log, report)
-        save_head(head, ids, base.config, args.out)
+    with ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for report in train(Trainer(head, teacher, args, pool), documents, held_out):
+            write_line(log, report)
+            save_head(head, ids, base.config, args.out)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def _refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     if scales:
         raise HeadWeightsError(
             f"The MTP head of {checkpoint.source!r} was asked for; it is quantised ({scales[0]} and {len(scales) - 1} more), "
-            "which mtpdecode does not unpack. Give the head of a bfloat16 checkpoint: from_model(model, head='ORIGINAL/REPOSITORY')."
+            "which mtpdecode does not unpack. Give a head in bfloat16: from_model(model, head='ORIGINAL/REPOSITORY')."
         )
 
 

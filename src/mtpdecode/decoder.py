@@ -282,6 +282,7 @@ class MTPDecoder:
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, MTPProposer):
+            self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
             proposer = copy(proposer)  # it holds the call's cache: two streams of one decoder must not meet
             caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_layers))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
@@ -292,7 +293,7 @@ class MTPDecoder:
         return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
 
     def _layout(self, head: MTPHead | None = None) -> CacheLayout:
-        """What a cache of the target, or of the head, must know; asked anew each call: set_attn_implementation may come between."""
+        """What a cache of the target, or of the head, must know: each call anew, for set_attn_implementation may come between."""
         config = head.config if head else text_config(self.target)
         name = "The MTP head" if head else type(self.target).__name__
         return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype)
