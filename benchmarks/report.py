@@ -40,7 +40,7 @@ def wall_clock(result: dict[str, Any]) -> str:
         contenders, texts = figures["contenders"], figures["contenders"][0]["texts"]
         tokens = result["settings"]["max_new_tokens"]
         parts.append(
-            f"Wall clock, batch 1, greedy, {dtype}, {texts} prompts of up to {tokens} new tokens, interleaved ({machine(result)}):\n\n"
+            f"Wall clock, batch 1, greedy, {dtype}, {texts} texts of up to {tokens} tokens, interleaved ({machine(result)}):\n\n"
         )
         kinds = list(contenders[0]["ratio_by_kind"])
         rows = [
@@ -59,15 +59,17 @@ def acceptance(result: dict[str, Any]) -> str:
         for k in result["kinds"]
     ]
     header = ["kind", "temperature", "prompts", "tau", *(f"draft {k}" for k in range(1, depth + 1)), "tau of prompt lookup"]
-    title = f"Tau (tokens per target forward) and acceptance by draft position at K = {depth}, held-out prompts, {tokens} new tokens, "
-    return title + f"{result['dtype']}:\n\n" + table(header, lines)
+    title = f"Tau (tokens per target forward) and acceptance by draft position, K = {depth}, held-out prompts"
+    return f"{title}, {tokens} new tokens, {result['dtype']}:\n\n" + table(header, lines)
 
 
 def section() -> str:
     decode, accepted = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("decode", "acceptance"))
     return (
-        "SmolLM2-135M-Instruct with the head that ships here; brackets hold quartiles. The scripts and every single measurement are in "
-        "[benchmarks](benchmarks/README.md).\n\n" + wall_clock(decode) + acceptance(accepted)
+        "SmolLM2-135M-Instruct with the head that ships here; brackets hold quartiles. "
+        "The scripts and every single measurement are in [benchmarks](benchmarks/README.md).\n\n"
+        + wall_clock(decode)
+        + acceptance(accepted)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,8 @@ def write_head(
 ) -> None:
     """The opposite of `read_head`: tensors under our names become a folder that it reads. Nothing is left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    theirs = {_their_name(ours, spec, num_target_layers): t.detach().cpu().contiguous() for ours, t in tensors.items()}
+    named = ((_their_name(ours, spec, num_target_layers), tensor.detach().cpu()) for ours, tensor in tensors.items())
+    theirs = {name: part.clone() for whole, tensor in named for name, part in _unstacked(whole, tensor)}
     partial = folder / (SINGLE + ".partial")
     save_file(theirs, partial, metadata={"format": "pt"})
     os.replace(partial, folder / SINGLE)
@@ -176,6 +177,18 @@ def _parts(ours: str, shape: tuple[int, ...], spec: MTPSpec, num_target_layers: 
         return [Part(f"{stem}{expert}.down_proj.weight", (rows, columns)) for expert in range(num_experts)]
     halves = ("gate_proj", "up_proj")
     return [Part(f"{stem}{e}.{half}.weight", (rows // 2, columns)) for e in range(num_experts) for half in halves]
+
+
+def _unstacked(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The opposite of `_parts`: a matrix per expert."""
+    parent, _, last = name.rpartition(".experts.")
+    if not parent or last not in ("gate_up_proj", "down_proj"):
+        yield name, tensor
+        return
+    halves = ("down_proj",) if last == "down_proj" else ("gate_proj", "up_proj")
+    for expert, both in enumerate(tensor):
+        for half, part in zip(halves, both.chunk(len(halves)), strict=True):
+            yield f"{parent}.experts.{expert}.{half}.weight", part
 
 
 def _assemble(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
     decoder = mtpdecode.MTPDecoder.from_pretrained(tmp_path)
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(mtpdecode, "load", lambda name: (decoder, tokenizer))
-    names = {"mtpdecode": mtpdecode, "model": decoder.target, "decoder": decoder}
+    names = {"mtpdecode": mtpdecode, "model": decoder.target, "decoder": decoder, "folder": tmp_path / "head"}
     for number, block in enumerate(BLOCK.findall(page.read_text()), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
 

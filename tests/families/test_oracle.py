@@ -1,0 +1,141 @@
+"""The head's numbers are those of transformers' own MtpModel, in every round and at every draft step.
+
+`MtpModel` can be built in memory around any causal language model once a copy of its config says how many layers there are. It knows
+no recurrent reuse, so steps deeper than the head are taken with its last layer one by one.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+
+from mtpdecode import MTPDecoder, MTPHead
+from tests import tiny
+
+LENGTH, K = 14, 4
+
+
+class Oracle:
+    """transformers' MtpModel with the weights of one of our heads."""
+
+    def __init__(self, model, head):
+        self.main, self.depth, self.hidden = copy.deepcopy(model), head.num_layers, head.spec.hidden
+        config = self.main.config
+        config.num_mtp_layers = self.depth
+        config.mtp_hidden_states_first = head.spec.combine == "hidden_embed"
+        if config.model_type == "mistral":  # its layers all slide, and it has no list that says so
+            config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+        if getattr(config, "layer_types", None):
+            config.mtp_layer_types = [config.layer_types[-1]] * self.depth
+        if getattr(config, "mlp_layer_types", None):
+            config.mtp_mlp_layer_types = [config.mlp_layer_types[-1]] * self.depth
+        self.mtp = MtpModel(self.main, self.depth).eval()
+        names = {"enorm": "norm_embed", "hnorm": "norm_hidden", "eh_proj": "proj", "mtp_block": "block", "post_norm": "norm_out"}
+        for theirs, ours in zip(self.mtp.layers, head.layers, strict=True):
+            for name, part in names.items():
+                getattr(theirs, name).load_state_dict(getattr(ours, part).state_dict())
+
+    def states(self, ids):
+        """The target's hidden states (1, n, D), before or after the final norm."""
+        kept = []
+        hook = self.main.model.norm.register_forward_hook(lambda _, inputs, output: kept.extend((inputs[0], output)))
+        self.main(ids, use_cache=False)
+        hook.remove()
+        return kept[self.hidden == "post_norm"]
+
+    @torch.no_grad()
+    def drafts(self, text, num_steps):
+        """The logits (num_steps, V) of drafts behind a text, computed from nothing."""
+        ids, cache = tiny.one(text), MtpCache(config=self.main.config.get_mtp_config())
+        hidden, tokens, positions = self.states(ids[:, :-1]), ids[:, 1:], torch.arange(1, len(text))[None]
+        logits = []
+        for step in range(num_steps):
+            if step >= self.depth:  # one row past the end: the last draft token, and what the last step put out
+                hidden, tokens, positions = hidden[:, -1:], tokens[:, -1:], positions[:, -1:]
+            layer = min(step, self.depth - 1)
+            hidden = self.mtp.forward_layer(layer, hidden, positions, cache, input_ids=tokens)
+            logits.append(self.mtp._project_to_logits(hidden[:, -1:])[0, 0])
+            tokens = torch.cat([tokens[:, 1:], logits[-1].argmax()[None, None]], dim=1)
+            positions = positions + 1
+        return torch.stack(logits)
+
+
+def recorded(decoder, monkeypatch, row):
+    """Decode greedily; -> per round, the text that it began with and the head's logits (K, V)."""
+    steps, rounds = [], []
+    logits = decoder.head.logits
+    monkeypatch.setattr(decoder.head, "logits", lambda normed: steps.append(logits(normed)[0]) or logits(normed))
+    text = list(row)
+    for chunk in decoder.stream(tiny.one(row), max_new_tokens=LENGTH, do_sample=False):
+        rounds.append((list(text), torch.stack(steps)))
+        steps.clear()
+        text += chunk.tokens[0]
+    return rounds
+
+
+def assert_same(rounds, oracle, what):
+    for text, found in rounds:
+        wanted = oracle.drafts(text, len(found))
+        error = (found - wanted).abs().amax(-1)
+        assert float(error.max()) < 1e-4, f"{what}: behind {len(text)} tokens the logits of the draft steps are off by {error.tolist()}"
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_logits_of_every_step_and_round(name, num_layers, monkeypatch):
+    head, decoder = tiny.head(name, num_layers), tiny.decoder(name, K, num_layers)
+    rounds = recorded(decoder, monkeypatch, tiny.prompts()[0])
+    assert {len(logits) for _, logits in rounds} == {K}
+    assert len(rounds) > 2, "several rounds, so that what was absorbed earlier counts"
+    assert_same(rounds, Oracle(tiny.target(name), head), f"{name}, {num_layers} layers")
+
+
+@pytest.mark.parametrize("changes", [{"hidden": "post_norm"}, {"hidden": "pre_norm"}])
+@pytest.mark.parametrize("name", ["llama", "mimo"])
+def test_either_hidden_state(name, changes, monkeypatch):
+    """Engines disagree about MiMo: both choices are the oracle's, fed the same."""
+    model = tiny.target(name)
+    head = MTPHead(model, tiny.row_of(name).replace(**changes)).eval()
+    head.load_state_dict(tiny.head(name).state_dict())
+    decoder = MTPDecoder.from_model(model, head=head, num_speculative_tokens=K)
+    assert_same(recorded(decoder, monkeypatch, tiny.prompts()[0]), Oracle(model, head), f"{name}, {changes}")
+
+
+def test_the_oracle_can_tell():
+    """Swapped norms, the other order, a hidden state off by one: each is seen."""
+    model, head, text = tiny.target("llama"), tiny.head("llama"), tiny.prompts()[0]
+    right = Oracle(model, head).drafts(text, 2)
+    swapped = Oracle(model, head)
+    layer = swapped.mtp.layers[0]
+    layer.enorm, layer.hnorm = layer.hnorm, layer.enorm
+    other = Oracle(model, head)
+    other.mtp.config.mtp_hidden_states_first = True
+    late = Oracle(model, head)
+    states = late.states
+    late.states = lambda ids: states(ids).roll(1, dims=1)
+    for what, wrong in (("swapped norms", swapped), ("the other order", other), ("a hidden state off by one", late)):
+        error = float((wrong.drafts(text, 2) - right).abs().max())
+        assert error > 1e-2, f"{what} changes the logits by {error:.1e} only: the oracle would not tell"
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4_moe"])
+def test_transformers_own_loop_writes_the_same_text_from_what_we_saved(name, tmp_path):
+    """generate(use_mtp=True) on the folder that save_pretrained wrote: its weight names and its loop accept our head."""
+    decoder = tiny.decoder(name, 1)
+    decoder.save_pretrained(tmp_path / "saved")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert model.config.num_mtp_layers == 1, "the config says so in the field that transformers reads"
+    if getattr(model.config, "layer_types", None):
+        model.config.mtp_layer_types = ["full_attention"]
+    if getattr(model.config, "mlp_layer_types", None):
+        model.config.mtp_mlp_layer_types = ["sparse"]
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\."]  # it finds MTP tensors by this list, made for real sizes
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    row = tiny.prompts()[0]
+    theirs = model.generate(tiny.one(row), max_new_tokens=20, do_sample=False, use_mtp=True)
+    assert theirs.tolist() == [row + tiny.plain(name, row, max_new_tokens=20)]
+    assert len(forwards) < 18, f"{len(forwards)} forwards for 20 tokens: it keeps none of the head's drafts, so the head is not ours"
