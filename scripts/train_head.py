@@ -46,7 +46,7 @@ DRAFTS = 3
 FAVOURITES = 16  # of the base's distribution; found once, where a whole distribution would cost a product at every step
 END_OF_TEXT, END_OF_TURN = 0, 2
 SHORTEST_WINDOW = 32
-LOOKUP = 4  # tokens of context in the loop detector
+LOOKUP, LOOPING = 4, 0.6  # a window loops if its last LOOKUP tokens foretell this share of the base's choices
 BATCH_ROWS = 512  # more at once is no faster: the T x T attention outgrows the cache
 WARM_UP = 0.02  # share of the run
 RESIDUAL_SIZE, START_CONFIDENCE, START_EMBEDDING = 20.0, 0.3, 0.3
@@ -129,7 +129,7 @@ def cut_windows(documents: list[Document], length: int, keep_loops: float, gener
 
 def is_loop(window: Document) -> bool:
     chosen = window.looked_up[window.greedy]
-    return len(chosen) > 0 and bool(chosen.float().mean() > 0.6)
+    return len(chosen) > 0 and bool(chosen.float().mean() > LOOPING)
 
 
 def pack(windows: list[Document]) -> Batch:
@@ -338,7 +338,7 @@ def mix(slots: Tensor, law: Tensor, label: Tensor, hard: float) -> tuple[Tensor,
 class Follower(NamedTuple):
     """What comes `step` rows after each of n rows.
 
-    row (n,)    inside (n,) bool: still in the window    label (n,): slot of the base's choice, -1 if sampled or undraftable
+    row, token (n,)    inside (n,) bool: still in the window    label (n,): slot of the base's choice, -1 where there is none
     """
 
     row: Tensor
@@ -349,7 +349,7 @@ class Follower(NamedTuple):
     @staticmethod
     def of(batch: Batch, row: Tensor, step: int, teacher: Teacher) -> Follower:
         ahead = (row + step).clamp(max=len(batch.token) - 1)
-        inside = (ahead > row) & (batch.window[ahead] == batch.window[row]) & (ahead == row + step)
+        inside = (ahead == row + step) & (batch.window[ahead] == batch.window[row])
         token = batch.token[ahead]
         return Follower(ahead, inside, torch.where(inside & batch.greedy[ahead], teacher.slot[token], -1), token)
 
@@ -387,10 +387,9 @@ def run_steps(head: Head, teacher: Teacher, batch: Batch, hard: float, sampled: 
         loss, choice = SparseCrossEntropy.apply(chain.hidden, teacher.output, slots, shares, importance)
         hit = (choice == follower.label) & (follower.label >= 0)
         results.append(StepResult(loss, chain.row, hit))
-        if step < DRAFTS and hit.any():
-            chain = head.again(teacher.embed(follower.token[hit]), committed, chain.select(hit))
-        elif step < DRAFTS:
+        if step == DRAFTS or not hit.any():
             break
+        chain = head.again(teacher.embed(follower.token[hit]), committed, chain.select(hit))
     return results
 
 
@@ -405,38 +404,34 @@ def accepted_counts(results: list[StepResult], num_rows: int) -> Tensor:
     return counts
 
 
-def replay(counts: Tensor, greedy: Tensor) -> tuple[int, int]:
-    """counts, greedy (T,) of one document -> tokens and target forwards of greedy decoding over its greedy spans.
+def replay(counts: list[int], can_start: list[bool]) -> tuple[int, int]:
+    """What greedy decoding would do on one document -> its tokens and target forwards.
 
     A round at row j (its own token came with the last forward) yields the accepted drafts and the token after them.
     """
     tokens, rounds, row = 0, 0, 0
-    can_start = (greedy[:-1] & greedy[1:]).tolist()
-    for_row = counts.tolist()
     while row < len(can_start):
-        if can_start[row]:
-            tokens, rounds = tokens + for_row[row] + 1, rounds + 1
-            row += for_row[row]
-        row += 1
+        gained = counts[row] + 1 if can_start[row] else 0
+        tokens, rounds = tokens + gained, rounds + can_start[row]
+        row += max(gained, 1)
     return tokens, rounds
 
 
 @torch.no_grad()
+def tally(head: Head, teacher: Teacher, document: Document) -> Tensor:
+    """(DRAFTS + 3,): at how many rows at least 0, 1, ... DRAFTS drafts would be accepted; tokens and rounds of `replay`."""
+    batch = pack([document])
+    with half_precision():
+        counts = accepted_counts(run_steps(head, teacher, batch, hard=1.0, sampled=0.0), len(batch.token))
+    can_start = batch.greedy[:-1] & batch.greedy[1:]
+    reached = [int((counts[:-1][can_start] >= step).sum()) for step in range(DRAFTS + 1)]
+    return torch.tensor([*reached, *replay(counts.tolist(), can_start.tolist())])
+
+
 def evaluate(head: Head, teacher: Teacher, documents: list[Document]) -> dict[str, float]:
     """p1, p2, p3: a draft's acceptance given those before it; tau: tokens per target forward; on whole documents."""
-    hits, tries, tokens, rounds = [0] * DRAFTS, [0] * DRAFTS, 0, 0
-    for document in documents:
-        batch = pack([document])
-        with half_precision():
-            results = run_steps(head, teacher, batch, hard=1.0, sampled=0.0)
-        counts = accepted_counts(results, len(batch.token))
-        starts = torch.nonzero(batch.greedy[:-1] & batch.greedy[1:]).squeeze(1)
-        reached = [int((counts[starts] >= step).sum()) for step in range(DRAFTS + 1)]
-        hits = [a + b for a, b in zip(hits, reached[1:], strict=True)]
-        tries = [a + b for a, b in zip(tries, reached[:-1], strict=True)]
-        more_tokens, more_rounds = replay(counts, batch.greedy)
-        tokens, rounds = tokens + more_tokens, rounds + more_rounds
-    shares = {f"p{step + 1}": round(hits[step] / max(tries[step], 1), 4) for step in range(DRAFTS)}
+    *reached, tokens, rounds = torch.stack([tally(head, teacher, document) for document in documents]).sum(0).tolist()
+    shares = {f"p{step}": round(reached[step] / max(reached[step - 1], 1), 4) for step in range(1, DRAFTS + 1)}
     return {**shares, "tau": round(tokens / max(rounds, 1), 4)}
 
 
@@ -535,11 +530,13 @@ def train(trainer: Trainer, documents: list[Document], held_out: dict[str, list[
     head, teacher, args = trainer.head, trainer.teacher, trainer.args
     stream = batches(documents, args, torch.Generator().manual_seed(args.seed))
     clock, due, losses = Clock(args.minutes, args.tokens), args.evaluate_every, []
-    while clock.progress < 1:
+    over = False
+    while not over:
         group = list(itertools.islice(stream, args.accumulate))
         losses.append(trainer.step(group, clock.rate()))
         clock.tokens += sum(len(batch.token) for batch in group)
-        if clock.progress >= 1 or clock.elapsed >= due:
+        over = clock.progress >= 1
+        if over or clock.elapsed >= due:
             figures = {kind: evaluate(head, teacher, rows) for kind, rows in held_out.items()}
             yield {**clock.reading(), "loss": round(sum(losses) / len(losses), 4), **figures}
             due = clock.elapsed + args.evaluate_every

@@ -126,8 +126,9 @@ ACCEPTANCE: dict[str, Acceptance | None] = {"standard": StandardAcceptance(), "b
 
 def acceptance_named(name: str) -> Acceptance | None:
     """The rule of a name. Raises GenerationError for an unknown one."""
-    if name not in ACCEPTANCE:
-        raise GenerationError(f"acceptance={name!r} was asked for; known rules are {', '.join(map(repr, ACCEPTANCE))}.")
+    if not isinstance(name, str) or name not in ACCEPTANCE:
+        known = ", ".join(map(repr, ACCEPTANCE))
+        raise GenerationError(f"acceptance={name!r} was asked for; known rules are {known}. Pass one of them, or an Acceptance.")
     return ACCEPTANCE[name]
 
 

@@ -164,7 +164,9 @@ class CropCache(KVCacheManager):
     def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
         start = int(self.lengths) + (0 if offset is None else int(offset))
         if start > self._num_written:
-            raise CacheError(f"A window was asked for at slot {start}; only {self._num_written} were ever written.")
+            raise CacheError(
+                f"A window was asked for at slot {start}; only {self._num_written} were ever written. Give a smaller offset."
+            )
         layers: list[Any] = self._cache.layers
         for layer in layers:  # one by one: not every layer of a head took part in the last window
             layer.crop(min(start - layer.get_seq_length(), 0))
@@ -175,7 +177,8 @@ class CropCache(KVCacheManager):
     def commit(self, counts: Tensor) -> None:
         if int(self.lengths + counts) > self._num_written:
             raise CacheError(
-                f"{int(counts)} tokens were to be kept past slot {int(self.lengths)}; {self._num_written} are written."
+                f"{int(counts)} tokens were to be kept past slot {int(self.lengths)}; {self._num_written} are written. "
+                "Commit no more than the last window held."
             )
         self.lengths = self.lengths + counts
 

@@ -24,7 +24,7 @@ from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, decode
 from .metrics import Metrics
 from .proposer import Call, DraftSampling, MTPProposer, NoDraft, Proposer
-from .request import OURS, Request, check_inputs, check_keywords, check_options, left_padded, request_from, seeds_for
+from .request import OURS, Request, check_inputs, check_keywords, check_prepared, check_seam, left_padded, request_from, seeds_for
 from .sampling import Sampler
 from .schedule import DraftSchedule, schedule_for
 from .spec import MTPSpec
@@ -236,7 +236,8 @@ class MTPDecoder:
         options: Options,
         model_kwargs: dict[str, Any],
     ) -> Request:
-        check_options(config.to_dict())
+        check_prepared(config, self.target.generation_config)
+        check_seam(model_kwargs)
         widest = max(options.schedule.choices) + 1
         embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
         return request_from(input_ids, mask, embeds, processors, criteria, config, streamer, overhang=2 * widest)

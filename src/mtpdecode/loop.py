@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .acceptance import ACCEPTANCE, Acceptance, accept, accept_matches
 from .cache import KVCacheManager
+from .errors import GenerationError
 from .metrics import Metrics
 from .proposer import Proposer
 from .sampling import Sampler
@@ -106,7 +107,7 @@ def decode(
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
-        num_drafted = roles.schedule.next_length(metrics)
+        num_drafted = _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths))
         state, verdict = decode_round(state, roles, num_drafted, noise, clock)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
@@ -115,6 +116,16 @@ def decode(
         clock.lap("host")
         yield Round([row[:count] for row, count in zip(tokens, counts, strict=True)], done)
         clock.skip()
+
+
+def _next_length(schedule: DraftSchedule, metrics: Metrics) -> int:
+    length = schedule.next_length(metrics)
+    if length not in schedule.choices:
+        raise GenerationError(
+            f"{type(schedule).__name__} asked for K={length!r}; its choices are {schedule.choices}, and room is made for these. "
+            "Name every K in choices."
+        )
+    return length
 
 
 class Clock:

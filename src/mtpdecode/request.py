@@ -19,6 +19,8 @@ from .stopping import Stopping
 from .target import text_config
 
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+PREPARED = (*INPUTS, "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+"""What transformers hands to a custom_generate by itself."""
 
 NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((None, 1), "beams are not drafted"),
@@ -110,6 +112,28 @@ def check_options(given: Mapping[str, Any]) -> None:
             )
 
 
+def check_prepared(config: GenerationConfig, own: GenerationConfig) -> None:
+    """`check_options` on what transformers prepared. A cache that the model's own generation config names was not asked for."""
+    options = config.to_dict()
+    if options.get("cache_implementation") == own.cache_implementation:
+        options.pop("cache_implementation", None)
+    check_options(options)
+
+
+def check_seam(model_kwargs: Mapping[str, Any]) -> None:
+    """Raise GenerationError for what a user passed to `model.generate(..., custom_generate=decoder)` and we would not look at."""
+    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    if cache is not None and int(cache.get_seq_length()):
+        check_options({"past_key_values": cache})
+    if positions is not None:
+        seen = torch.ones_like(positions) if mask is None else mask.long()
+        if bool(((seen.cumsum(-1) - 1 != positions) & seen.bool()).any()):
+            check_options({"position_ids": positions})
+    for name in set(model_kwargs) - set(PREPARED):
+        if model_kwargs[name] is not None:
+            raise GenerationError(f"generate() got {name!r}, which mtpdecode does not hand to the model. Leave it out.")
+
+
 def check_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
     """Raise GenerationError for prompts that are empty, of a wrong type or shape, outside the vocabulary or too long."""
     ids, mask, embeds = (given.get(name) for name in INPUTS)
@@ -121,7 +145,8 @@ def check_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dim() != num_axes):
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise GenerationError(
-                f"{name} must be a tensor with {num_axes} axes, (B, P{', D' * (num_axes == 3)}); found {found}."
+                f"{name} must be a tensor with {num_axes} axes, (B, P{', D' * (num_axes == 3)}); found {found}. "
+                f"Pass what tokenizer(texts, return_tensors='pt') gives, or {name}[None] for a single row."
             )
     prompt: Any = ids if embeds is None else embeds
     if 0 in prompt.shape[:2]:
@@ -135,20 +160,28 @@ def check_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
 
 def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise GenerationError(f"input_ids must hold integers; found {ids.dtype}.")
+        raise GenerationError(f"input_ids must hold integers; found {ids.dtype}. Pass token ids, as a tokenizer gives them.")
     embedding: Any = model.get_input_embeddings()
     size = embedding.weight.shape[0]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
-        raise GenerationError(f"input_ids must lie in 0..{size - 1}, the model's vocabulary; found {low if low < 0 else high}.")
+        raise GenerationError(
+            f"input_ids must lie in 0..{size - 1}, the model's vocabulary; found {low if low < 0 else high}. "
+            "Pass ids of the model's own tokenizer."
+        )
 
 
 def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
     if tuple(mask.shape) != tuple(shape):
-        raise GenerationError(f"attention_mask must have the prompt's shape {tuple(shape)}; found {tuple(mask.shape)}.")
+        raise GenerationError(
+            f"attention_mask must have the prompt's shape {tuple(shape)}; found {tuple(mask.shape)}. "
+            "Pass the mask that the tokenizer gave with these ids, or none where nothing is padded."
+        )
     seen = mask.bool().long()
     if not bool(seen.sum(-1).all()):
-        raise GenerationError("attention_mask hides a whole row; every row needs at least one token.")
+        raise GenerationError(
+            f"attention_mask hides all of row {int(seen.sum(-1).argmin())}; every row needs at least one token. Leave that row out."
+        )
     if int(seen.diff(dim=-1).abs().sum(-1).max()) > 2 or bool(
         ((seen.diff(dim=-1) != 0).sum(-1) == 2).logical_and(seen[:, 0] == 1).any()
     ):
@@ -175,7 +208,7 @@ def request_from(
 ) -> Request:
     """Put what transformers prepared in our terms. overhang: slots of text to have past the longest row."""
     shown = input_ids if inputs_embeds is None else inputs_embeds
-    mask = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if attention_mask is None else attention_mask.long()
+    mask = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if attention_mask is None else attention_mask.bool().long()
     _check_mask(mask, shown.shape[:2])  # transformers makes one itself where a prompt without a mask holds the padding token
     prompt = _left_aligned(input_ids, mask, inputs_embeds)
     budget = min([config.max_length, *(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))]) - input_ids.shape[1]

@@ -5,7 +5,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mtpdecode import Draft, GenerationError, MTPDecoder, MTPHead, MTPProposer, RaggedCache, StandardAcceptance, checkpoint
-from mtpdecode.acceptance import accept
+from mtpdecode.acceptance import accept, acceptance_named
 from mtpdecode.state import Noise
 from mtpdecode.train import mtp_loss
 from tests import tiny
@@ -77,14 +77,14 @@ def test_r06_a_head_can_be_trained():
     model = tiny.build("llama").train()
     head = tiny.build_head(model, tiny.row_of("llama"))
     ids = torch.tensor([row + tiny.plain("llama", row, max_new_tokens=20)[: 20 - len(row)] for row in tiny.prompts()])
-    before = mtp_loss(head, model, ids, num_steps=2)
+    before = mtp_loss(head, model, ids, num_steps=2).detach()
     assert before.shape == (2,), "one loss per draft step"
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     for _ in range(5):
         optimizer.zero_grad()
         mtp_loss(head, model, ids, num_steps=2).sum().backward()
         optimizer.step()
-    after = mtp_loss(head, model, ids, num_steps=2)
+    after = mtp_loss(head, model, ids, num_steps=2).detach()
     assert float(after.sum()) < float(before.sum()), f"five steps of training: {before.tolist()} -> {after.tolist()}"
     assert all(parameter.grad is None for parameter in model.parameters()), "only the head learns"
 
@@ -217,8 +217,6 @@ def test_r15_any_number_of_base_and_mtp_layers(name, tmp_path):
 @pytest.mark.parametrize("rule", ["standard", "block"])
 def test_r16_equal_laws_give_no_nan(rule):
     """Elsewhere the residual is divided by its sum, which is 0 where p equals q."""
-    from mtpdecode.acceptance import acceptance_named
-
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]])
     draft = Draft(torch.tensor([[1], [0]]), p[:, None])
     target = p[:, None].expand(-1, 2, -1)

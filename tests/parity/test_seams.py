@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import mtpdecode
@@ -184,3 +185,24 @@ def test_another_model_is_refused_at_the_seam():
     decoder, other = tiny.decoder("llama", 2), tiny.target("mimo")
     with pytest.raises(GenerationError, match="another model than the decoder's own target"):
         other.generate(tiny.one([5, 6]), max_new_tokens=4, custom_generate=decoder)
+
+
+@pytest.mark.parametrize("option", ["past_key_values", "position_ids"])
+def test_what_the_bare_seam_would_ignore_is_refused(option):
+    """transformers hands these to a custom_generate even when nobody asked; ours differ from what a user passed."""
+    decoder = tiny.decoder("llama")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cache = DynamicCache()
+    decoder.target(ids[:, :3], past_key_values=cache)
+    passed = {"past_key_values": cache, "position_ids": torch.tensor([[3, 4, 5, 6]])}[option]
+    with pytest.raises(GenerationError, match=option):
+        decoder.target.generate(ids, max_new_tokens=4, custom_generate=decoder, **{option: passed})
+
+
+def test_a_cache_that_the_models_own_config_names_is_not_an_error():
+    """Gemma's generation config asks for a cache of its own; nobody typed that."""
+    model = tiny.build("llama")
+    decoder = MTPDecoder.from_model(model, head=tiny.build_head(model, tiny.row_of("llama")))
+    expected = decoder.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(decoder.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4), expected)
