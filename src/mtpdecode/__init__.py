@@ -18,6 +18,8 @@ from .errors import MTPDecodeError as MTPDecodeError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .families import families as families
 from .head import MTPHead as MTPHead
+from .llm import LLM as LLM
+from .llm import SamplingParams as SamplingParams
 from .loading import save_head as save_head
 from .metrics import Metrics as Metrics
 from .presets import load as load

@@ -139,7 +139,7 @@ def continuation_law(target: PreTrainedModel, prompt: Sequence[int], num_tokens:
 
     Texts end behind an end token. Raises GenerationError where more than 4096 texts precede the last token.
     """
-    processors, end_ids = prepared(target, prompt, {"max_new_tokens": num_tokens} | options)
+    processors, end_ids = _prepared(target, prompt, {"max_new_tokens": num_tokens} | options)
     law: TextLaw = {(): 1.0}
     ended: TextLaw = {}
     for _ in range(num_tokens):
@@ -151,7 +151,7 @@ def continuation_law(target: PreTrainedModel, prompt: Sequence[int], num_tokens:
     return law | ended
 
 
-def prepared(
+def _prepared(
     target: PreTrainedModel, prompt: Sequence[int], options: Mapping[str, Any]
 ) -> tuple[list[LogitsProcessor], frozenset[int]]:
     """The processors and the end tokens with which transformers would sample."""

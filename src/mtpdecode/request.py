@@ -208,7 +208,11 @@ def request_from(
 ) -> Request:
     """Put what transformers prepared in our terms. overhang: slots of text to have past the longest row."""
     shown = input_ids if inputs_embeds is None else inputs_embeds
-    mask = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if attention_mask is None else attention_mask.bool().long()
+    mask = (
+        torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device)
+        if attention_mask is None
+        else attention_mask.bool().long()
+    )
     _check_mask(mask, shown.shape[:2])  # transformers makes one itself where a prompt without a mask holds the padding token
     prompt = _left_aligned(input_ids, mask, inputs_embeds)
     budget = min([config.max_length, *(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))]) - input_ids.shape[1]

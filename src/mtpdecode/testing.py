@@ -28,7 +28,6 @@ from .laws import continuation_law as continuation_law
 from .laws import exact_law as exact_law
 from .laws import exact_laws as exact_laws
 from .laws import g_test as g_test
-from .laws import prepared
 from .laws import text_law as text_law
 from .laws import verdict_laws as verdict_laws
 from .proposer import Proposer
@@ -81,7 +80,7 @@ def assert_lossless(
         subject = MTPDecoder.from_model(TableLM(random_table(5, seed)) if target is None else target, proposer=subject)
     for setting in settings:
         plain = {name: value for name, value in setting.items() if name not in HOW}
-        budget = {"max_new_tokens": num_tokens + _deepest(subject, setting)}
+        budget = {"max_new_tokens": num_tokens + deepest(subject, setting)}
         law = continuation_law(subject.target, prompt, num_tokens, **(budget | plain))
         seen = sample_texts(subject, prompt, num_tokens, num_samples, seed=seed, batch_size=batch_size, **setting)
         assert_counts(seen, law, num_tests=len(settings), setting=setting)
@@ -125,26 +124,29 @@ def sample_texts(
 
     The decoder is asked for K tokens more than are counted, so that rounds which begin within the text draft K tokens.
     """
-    settings = {"do_sample": True, "max_new_tokens": num_tokens + _deepest(decoder, options)} | options
-    end_ids = prepared(decoder.target, prompt, {name: value for name, value in settings.items() if name not in HOW})[1]
+    settings = {"do_sample": True, "max_new_tokens": num_tokens + deepest(decoder, options)} | options
     counts: Counter[Tokens] = Counter()
     for batch, start in enumerate(range(0, num_samples, batch_size)):
         ids = torch.tensor([list(prompt)] * min(batch_size, num_samples - start), device=decoder.target.device)
-        out = decoder.generate(ids, attention_mask=torch.ones_like(ids), seed=seed + batch, **settings)
-        new = (out if isinstance(out, Tensor) else out.sequences)[:, len(prompt) : len(prompt) + num_tokens]
-        counts.update(_until_end(row, end_ids) for row in new.tolist())
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        counts.update(first_tokens(decoder, inputs, num_tokens, seed=seed + batch, **settings))
     return counts
 
 
-def _deepest(decoder: MTPDecoder, options: Mapping[str, Any]) -> int:
+def first_tokens(decoder: MTPDecoder, inputs: Mapping[str, Tensor], num_tokens: int, **options: Any) -> list[Tokens]:
+    """The first num_tokens new tokens of every row; decoding stops where all rows have them."""
+    texts: list[list[int]] = [[] for _ in range(len(inputs["attention_mask"]))]
+    for chunk in decoder.stream(**inputs, **options):
+        for text, tokens in zip(texts, chunk.tokens, strict=True):
+            text += tokens
+        if min(map(len, texts)) >= num_tokens:
+            break
+    return [tuple(text[:num_tokens]) for text in texts]
+
+
+def deepest(decoder: MTPDecoder, options: Mapping[str, Any]) -> int:
     """The largest K that a call drafts."""
     return max(decoder.options.replaced({name: options[name] for name in HOW if name in options}).schedule.choices)
-
-
-def _until_end(row: list[int], end_ids: frozenset[int]) -> Tokens:
-    """A text up to its first end token."""
-    end = next((place + 1 for place, token in enumerate(row) if token in end_ids), len(row))
-    return tuple(row[:end])
 
 
 def _assert_rule(rule: Acceptance, seed: int) -> None:

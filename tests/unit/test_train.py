@@ -1,10 +1,10 @@
 """The training loss: a step that works (transformers' own raises), learns, and leaves the target alone."""
 
-import mtpdecode
 import pytest
 import torch
-from mtpdecode.train import mtp_loss
 
+import mtpdecode
+from mtpdecode.train import mtp_loss
 from tests import tiny
 
 NUM_STEPS = 3
