@@ -1,8 +1,8 @@
 """Tiny seeded targets, heads and checkpoints, built from configs: nothing is downloaded, nothing is trained.
 
-Random weights give dull text: constant or in a short circle. So the output layer of a target is tilted towards a circle through the
-whole vocabulary, from which attention makes it stray all the time; a head gets the same tilt and the target's own last layer, so that
-it is right about every other time at every draft position (`tests/unit/test_tiny.py` holds both to it).
+Random weights give dull text: constant or in a short circle. So the output layer of a target is tilted towards a circle through
+the whole vocabulary, from which attention makes it stray all the time; a head gets the same tilt and the target's own last layer,
+so that it is right about every other time at every draft position (`tests/unit/test_tiny.py` holds both to it).
 """
 
 import copy
@@ -50,18 +50,19 @@ MIXTURE = DENSE | {
     "topk_group": 1,
 }
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 MIMO_ROPE = {"rope_type": "default", "rope_theta": 640000.0}
 
 TARGETS = {
     "llama": (LlamaForCausalLM, LlamaConfig, DENSE),
     "mimo": (Qwen2ForCausalLM, Qwen2Config, DENSE | {"rms_norm_eps": 1e-5, "rope_parameters": MIMO_ROPE}),
-    "sliding": (Qwen2ForCausalLM, Qwen2Config, DENSE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "sliding": (Qwen2ForCausalLM, Qwen2Config, DENSE | SLIDING),
     "mistral": (MistralForCausalLM, MistralConfig, DENSE | {"num_key_value_heads": 1, "sliding_window": 2 * WINDOW}),
     "glm4_moe": (Glm4MoeForCausalLM, Glm4MoeConfig, MIXTURE | {"head_dim": 8}),
     "deepseek_v3": (DeepseekV3ForCausalLM, DeepseekV3Config, MIXTURE | LATENT | {"num_key_value_heads": 4}),
 }
-"""Name -> class, config class and settings. "sliding" mixes full and sliding layers, "mistral" has sliding ones alone and a single
-key-value head for all queries, "mimo" is what transformers makes of a MiMo base."""
+"""Name -> class, config class and settings. "sliding" mixes full and sliding layers, "mistral" has sliding ones alone and a
+single key-value head for all queries, "mimo" is what transformers makes of a MiMo base."""
 
 NAMES = tuple(TARGETS)
 ROWS = {"sliding": "llama", "mistral": "llama"}
@@ -73,7 +74,7 @@ SEEDS = {"llama": 2, "deepseek_v3": 5}
 LENGTHS = (9, 1, 4, 2, 7)
 
 
-def prompts(num_rows=len(LENGTHS), seed=0, lengths=LENGTHS):
+def prompts(num_rows=5, seed=0, lengths=LENGTHS):
     """Ragged rows of token ids, one of them a single token."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [lengths[row % len(lengths)] for row in range(num_rows)]
@@ -120,9 +121,13 @@ def build_head(model, spec, num_layers=1, **kwargs):
     return head
 
 
-@cache
 def head(name, num_layers=1):
-    """The one head of a shared target."""
+    """The one head of a shared target, of so many layers."""
+    return _head(name, num_layers)
+
+
+@cache
+def _head(name, num_layers):
     return build_head(target(name), row_of(name), num_layers)
 
 

@@ -33,7 +33,9 @@ def tiny_llama(vocab_size: int = 6, seed: int = 0, dtype: torch.dtype = torch.fl
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def random_head(target: LlamaForCausalLM, seed: int = 1, num_layers: int = 1, draft_vocabulary: list[int] | None = None) -> MTPHead:
+def random_head(
+    target: LlamaForCausalLM, seed: int = 1, num_layers: int = 1, draft_vocabulary: list[int] | None = None
+) -> MTPHead:
     """A head that knows nothing, about as wild as `tiny_llama`."""
     torch.manual_seed(seed)
     ids = None if draft_vocabulary is None else torch.tensor(draft_vocabulary)
@@ -47,10 +49,10 @@ def random_head(target: LlamaForCausalLM, seed: int = 1, num_layers: int = 1, dr
 def exact_head(target: TableLM, previous: Literal["hidden", "cache"] = "hidden", num_layers: int = 1) -> MTPHead:
     """A head that says the table's own law at every depth, so that every draft is kept.
 
-    previous  where it learns of the token before the one that it is given: from the hidden state, or from its own cache
+    previous  where it learns of the token before the one that it is given: the hidden state, or its own cache
 
-    The table needs (previous, current). The head is given the embedding of `current`; the hidden state of the position before is
-    the one-hot pair that ends in `previous`. With "cache" the head ignores hidden states and looks one place back, like the target.
+    The table needs (previous, current). The head is given the embedding of `current`, and the hidden state of the position before,
+    which is the one-hot pair that ends in `previous`; with "cache" it looks one place back instead, as the target does.
     """
     size, block = len(target.table), target.model.layers[0]
     head = MTPHead(target, LLAMA, num_layers).eval().requires_grad_(False)

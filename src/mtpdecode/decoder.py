@@ -196,6 +196,7 @@ class MTPDecoder:
         streamer = kwargs.pop("streamer", None)
         self._take_stop_strings(kwargs)
         given = left_padded(kwargs)
+        given.pop("custom_generate", None)  # None, or check_keywords would have spoken
 
         def prepared(
             model: PreTrainedModel,

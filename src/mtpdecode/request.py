@@ -180,7 +180,7 @@ def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
     seen = mask.bool().long()
     if not bool(seen.sum(-1).all()):
         raise GenerationError(
-            f"attention_mask hides all of row {int(seen.sum(-1).argmin())}; every row needs at least one token. Leave that row out."
+            f"attention_mask hides all of row {int(seen.sum(-1).argmin())}; every row needs a token. Leave that row out."
         )
     if int(seen.diff(dim=-1).abs().sum(-1).max()) > 2 or bool(
         ((seen.diff(dim=-1) != 0).sum(-1) == 2).logical_and(seen[:, 0] == 1).any()

@@ -142,7 +142,7 @@ class TableProposer(Proposer):
     def __init__(self, table: Tensor, sampled: bool = True) -> None:
         self.table, self.sampled = _of_pairs(table), sampled
 
-    def begin(self, call: Call, caches: KVCacheManager | None) -> None:
+    def begin(self, call: Call, cache: KVCacheManager | None) -> None:
         self.purpose = call.purpose
 
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:

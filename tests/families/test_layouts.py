@@ -19,8 +19,8 @@ DENSE_BLOCK = """input_layernorm.weight post_attention_layernorm.weight self_att
 self_attn.v_proj.weight self_attn.o_proj.weight"""
 MLP = "mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight"
 BIASES = "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias"
-MIXTURE = """mlp.gate.weight mlp.gate.e_score_correction_bias mlp.shared_experts.gate_proj.weight mlp.shared_experts.up_proj.weight
-mlp.shared_experts.down_proj.weight """ + " ".join(
+MIXTURE = """mlp.gate.weight mlp.gate.e_score_correction_bias mlp.shared_experts.gate_proj.weight
+mlp.shared_experts.up_proj.weight mlp.shared_experts.down_proj.weight """ + " ".join(
     f"mlp.experts.{expert}.{part}_proj.weight" for expert in range(4) for part in ("gate", "up", "down")
 )
 DEEPSEEK_AROUND = "enorm.weight hnorm.weight eh_proj.weight shared_head.norm.weight"
@@ -139,7 +139,12 @@ def test_the_dtype_that_is_asked_for(written):
 def test_settings_go_to_the_decoder_and_the_rest_to_transformers(written):
     spec = tiny.row_of("mimo").replace(hidden="post_norm")
     decoder = MTPDecoder.from_pretrained(
-        written("mimo"), spec=spec, num_speculative_tokens=4, acceptance="block", draft_sampling="greedy", attn_implementation="eager"
+        written("mimo"),
+        spec=spec,
+        num_speculative_tokens=4,
+        acceptance="block",
+        draft_sampling="greedy",
+        attn_implementation="eager",
     )
     assert decoder.head.spec.hidden == "post_norm", "spec= was not taken"
     assert decoder.options.schedule.choices == (4,)

@@ -1,7 +1,7 @@
 """The head's numbers are those of transformers' own MtpModel, in every round and at every draft step.
 
-`MtpModel` can be built in memory around any causal language model once a copy of its config says how many layers there are. It knows
-no recurrent reuse, so steps deeper than the head are taken with its last layer one by one.
+`MtpModel` can be built in memory around any causal language model once a copy of its config says how many layers there are. It
+knows no recurrent reuse, so steps deeper than the head are taken with its last layer one by one.
 """
 
 import copy
@@ -80,7 +80,7 @@ def assert_same(rounds, oracle, what):
     for text, found in rounds:
         wanted = oracle.drafts(text, len(found))
         error = (found - wanted).abs().amax(-1)
-        assert float(error.max()) < 1e-4, f"{what}: behind {len(text)} tokens the logits of the draft steps are off by {error.tolist()}"
+        assert float(error.max()) < 1e-4, f"{what}: behind {len(text)} tokens the draft steps' logits are off by {error.tolist()}"
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
@@ -138,4 +138,4 @@ def test_transformers_own_loop_writes_the_same_text_from_what_we_saved(name, tmp
     row = tiny.prompts()[0]
     theirs = model.generate(tiny.one(row), max_new_tokens=20, do_sample=False, use_mtp=True)
     assert theirs.tolist() == [row + tiny.plain(name, row, max_new_tokens=20)]
-    assert len(forwards) < 18, f"{len(forwards)} forwards for 20 tokens: it keeps none of the head's drafts, so the head is not ours"
+    assert len(forwards) < 18, f"{len(forwards)} forwards for 20 tokens: it keeps no drafts, so the head is not ours"

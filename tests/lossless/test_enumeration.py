@@ -90,7 +90,9 @@ class AlwaysAsTarget(StandardAcceptance):
         return target_probs.gather(1, num_kept[:, None, None].expand(-1, 1, target_probs.shape[-1]))[:, 0]
 
 
-@pytest.mark.parametrize("rule", [StandardAcceptance(), BlockAcceptance(), AlwaysAsTarget()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [StandardAcceptance(), BlockAcceptance(), AlwaysAsTarget()], ids=lambda rule: type(rule).__name__
+)
 def test_assert_lossless_proves_rules(rule):
     """`assert_lossless(rule)` says nothing for lossless rules, the user's own among them."""
     assert isinstance(rule, Acceptance)
@@ -98,7 +100,7 @@ def test_assert_lossless_proves_rules(rule):
 
 
 def test_numbers_of_the_paper_example():
-    """Two tokens, worked by hand: p = (1/3, 2/3), q = (2/3, 1/3). Of 2 drafts 10/9 are kept by the standard rule, 11/9 by block verification."""
+    """p = (1/3, 2/3) and q = (2/3, 1/3), worked by hand: of 2 drafts the standard rule keeps 10/9, block verification 11/9."""
     p, q = torch.tensor([1.0, 2.0]) / 3, torch.tensor([2.0, 1.0]) / 3
     problem = table_law(p.double().repeat(2, 1)), table_law(q.double().repeat(2, 1))
     standard, block = (verdict_laws(RULES[name], [problem], 2)[0] for name in ("standard", "block"))

@@ -1,4 +1,4 @@
-"""The measuring instruments themselves: `TableLM`, exact laws of models, the G-test, and `assert_lossless` on what users write."""
+"""The instruments themselves: `TableLM`, exact laws of models, the G-test, and `assert_lossless` on what users write."""
 
 from collections import Counter
 
@@ -98,7 +98,9 @@ def test_g_test_knows_what_cannot_come():
 
 def test_messages_carry_the_argument():
     """A failure says the p-value, the text that shows it best, how often it came and how often it should."""
-    with pytest.raises(AssertionError, match=r"here: .* p = \S+ \(fails below 5e-05\). Of 1000 texts, \[1\] came 400 .*; 300.0 were"):
+    with pytest.raises(
+        AssertionError, match=r"here: .* p = \S+ \(fails below 5e-05\). Of 1000 texts, \[1\] came 400 .*; 300.0 were"
+    ):
         assert_counts({(0,): 600, (1,): 400}, {(0,): 0.7, (1,): 0.3}, num_tests=2, setting="here")
 
 
@@ -109,7 +111,9 @@ class Stubborn(Proposer):
         return Draft(torch.ones_like(state.text.tokens[:, :num_speculative_tokens]), None)
 
 
-@pytest.mark.parametrize("proposer", [Stubborn(), NGramProposer(), TableProposer(random_table(5, seed=9))], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "proposer", [Stubborn(), NGramProposer(), TableProposer(random_table(5, seed=9))], ids=lambda p: type(p).__name__
+)
 def test_assert_lossless_tests_proposers(proposer):
     """`assert_lossless(proposer)` goes through K and the rules on a target of its own."""
     assert_lossless(proposer, num_samples=2000)
@@ -141,7 +145,13 @@ def test_an_exact_head_is_never_refused(num_draft, previous, num_layers):
     ids, mask = torch.tensor([[0, 0, 2, 1], [3, 1, 2, 0]]).repeat(4, 1), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).repeat(4, 1)
     for acceptance in ("standard", "block", "coupled"):
         decoder.generate(
-            ids, attention_mask=mask, max_new_tokens=24, do_sample=True, seed=1, num_speculative_tokens=num_draft, acceptance=acceptance
+            ids,
+            attention_mask=mask,
+            max_new_tokens=24,
+            do_sample=True,
+            seed=1,
+            num_speculative_tokens=num_draft,
+            acceptance=acceptance,
         )
         assert decoder.metrics.acceptance_rate() == [1.0] * num_draft, acceptance
 

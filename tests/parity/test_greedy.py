@@ -6,7 +6,7 @@ import torch
 from mtpdecode import CropCache, MTPDecoder, NGramProposer, RaggedCache
 from tests import tiny
 
-LENGTH = 24
+LENGTH = 20
 CHOICES = (0, 1, 2, 3, 5)
 
 
@@ -22,20 +22,31 @@ def test_one_row_for_every_head_k_and_cache(name, num_layers, cache):
         assert sequences.tolist() == [row + expected], f"{name}, {num_layers} layers, K={k}, {cache.__name__}: another text"
 
 
-@pytest.mark.parametrize(("side", "num_layers"), [("left", 1), ("left", 2), ("left", 3), ("right", 1), ("right", 3), ("both", 2)])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_ragged_rows_are_each_as_if_alone(name, side, num_layers):
+def test_ragged_rows_are_each_as_if_alone(name, num_layers):
     rows = tiny.prompts()
     expected = [tiny.plain(name, row, max_new_tokens=LENGTH) for row in rows]
-    batch = tiny.padded(rows, side)
+    for k in (1, 2, 3, 5):
+        decoder = tiny.decoder(name, k, num_layers)
+        sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=LENGTH, do_sample=False)
+        tiny.assert_rows(sequences, 9, expected, f"{name}, {num_layers} layers, K={k}")
+
+
+@pytest.mark.parametrize("side", ["right", "both"])
+@pytest.mark.parametrize("name", ["llama", "sliding", "deepseek_v3"])
+def test_padding_may_stand_on_any_side(name, side):
+    """Plain decoding warns of padding on the right, and gives another text; ours is the row's own."""
+    rows, batch = tiny.prompts(), tiny.padded(tiny.prompts(), side)
+    expected = [tiny.plain(name, row, max_new_tokens=LENGTH) for row in rows]
     width = batch["input_ids"].shape[1]
-    for k in (1, 3, 5):
+    for k, num_layers in ((0, 1), (3, 1), (3, 3)):
         sequences = tiny.decoder(name, k, num_layers).generate(**batch, max_new_tokens=LENGTH, do_sample=False)
         assert torch.equal(sequences[:, :width], batch["input_ids"]), f"padding on the {side}: the prompt came back changed"
         tiny.assert_rows(sequences, width, expected, f"{name}, {num_layers} layers, K={k}, padding on the {side}")
 
 
-@pytest.mark.parametrize("name", ["llama", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_thirty_two_rows(name):
     rows = tiny.prompts(32)
     expected = [tiny.plain(name, row, max_new_tokens=12) for row in rows]

@@ -1,4 +1,4 @@
-"""What goes wrong elsewhere (reproduced on transformers 5.23.0 with `generate(use_mtp=True)`, where not said otherwise), one test each."""
+"""What goes wrong elsewhere, one test each: seen on transformers 5.23.0, in `generate(use_mtp=True)` unless said otherwise."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def test_r01_a_second_turn_is_the_plain_second_turn():
     first = decoder.generate(tiny.one(tiny.prompts()[0]), **GREEDY)
     second = torch.cat([first, tiny.one([5, 6, 7])], dim=1)
     assert torch.equal(decoder.generate(second, **GREEDY), decoder.target.generate(second, **GREEDY))
-    with pytest.raises(GenerationError, match="past_key_values=DynamicCache.*keeps its own caches.*input_ids"):
-        cache = decoder.target(first).past_key_values
+    cache = decoder.target(first).past_key_values
+    with pytest.raises(GenerationError, match=r"past_key_values=DynamicCache.*keeps its own caches.*input_ids"):
         decoder.generate(second, past_key_values=cache, **GREEDY)
 
 
@@ -119,12 +119,14 @@ def test_r09_a_model_in_memory_can_have_a_head():
 
 
 def test_r10_long_prompts_are_read_in_chunks_by_target_and_head():
-    """Elsewhere prefill_chunk_size is ignored: [300] instead of [64, 64, 64, 64, 44]. Here the last prompt token is the first pending
-    one, so the prompt is 199 tokens and one."""
+    """Elsewhere prefill_chunk_size is ignored: [300] instead of [64, 64, 64, 64, 44].
+
+    Here the last token of the prompt is the first pending one, so 200 tokens are 199 and one.
+    """
     decoder, prompt = tiny.decoder("llama", 2), torch.randint(3, tiny.VOCAB, (1, 200))
-    by_target, by_head = [], []
+    model, by_target, by_head = decoder.target.model, [], []
     hooks = [
-        decoder.target.model.register_forward_pre_hook(lambda _, __, kw: by_target.append(kw["input_ids"].shape[1]), with_kwargs=True),
+        model.register_forward_pre_hook(lambda _, __, kw: by_target.append(kw["input_ids"].shape[1]), with_kwargs=True),
         decoder.head.register_forward_pre_hook(lambda _, args: by_head.append(args[1].shape[1])),
     ]
     sequences = decoder.generate(prompt, max_new_tokens=2, do_sample=False, prefill_chunk_size=64)
@@ -162,7 +164,7 @@ def test_r12_embeddings_are_a_prompt():
 
 
 def test_r13_the_same_seed_can_be_the_same_text_as_plain_sampling():
-    """Elsewhere speculative sampling with a seed is another text than plain sampling with it. acceptance="coupled" is the same."""
+    """Elsewhere sampling with a seed is another text when it is speculative. With acceptance="coupled" it is the same."""
     decoder, batch = tiny.decoder("llama", 3, acceptance="coupled"), tiny.padded(tiny.prompts())
     options = {"max_new_tokens": LENGTH, "do_sample": True, "temperature": 0.7, "seed": 5}
     plain = decoder.generate(**batch, **options, num_speculative_tokens=0)
@@ -183,8 +185,10 @@ class Watching(MTPProposer):
 
 
 def test_r14_a_chosen_token_comes_without_a_law_and_a_drawn_one_with_its_own():
-    """Elsewhere (Gemma 4 assistant) the token is an argmax, and the softmax is handed to the ratio test: token 0 in 20,000 of 20,000
-    draws for the numbers below, where 40 % are right."""
+    """Elsewhere (Gemma 4 assistant) the token is an argmax, and the softmax is handed to the ratio test.
+
+    For the numbers below that gives token 0 in 20,000 of 20,000 draws, where 40 % are right.
+    """
     proposer = Watching(tiny.head("llama"))
     decoder = MTPDecoder.from_model(tiny.target("llama"), proposer=proposer, num_speculative_tokens=3)
     for sampling in ("greedy", "sample"):
@@ -201,14 +205,15 @@ def test_r14_a_chosen_token_comes_without_a_law_and_a_drawn_one_with_its_own():
     for what, draft in (("chosen", chosen), ("drawn", drawn)):
         first = accept(StandardAcceptance(), draft, target, noise, positions).tokens[:, 0]
         shares = torch.bincount(first, minlength=4) / num
-        assert float((shares - p).abs().max()) < 0.02, f"{what} drafts: shares {shares.tolist()}, the law is {p.tolist()} (5 sigma)"
+        assert float((shares - p).abs().max()) < 0.02, f"{what} drafts: {shares.tolist()}, the law is {p.tolist()} (5 sigma)"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_r15_any_number_of_base_and_mtp_layers(name, tmp_path):
     """Elsewhere layer numbers are written into a regular expression (61, 92, 46): a pruned or tiny checkpoint fails."""
     model = tiny.build(name, num_hidden_layers=5)
-    decoder = MTPDecoder.from_pretrained(tiny.write_checkpoint(tmp_path / name, model, tiny.build_head(model, tiny.row_of(name), 3)))
+    head = tiny.build_head(model, tiny.row_of(name), 3)
+    decoder = MTPDecoder.from_pretrained(tiny.write_checkpoint(tmp_path / name, model, head))
     assert decoder.head.num_layers == 3
     row = tiny.prompts()[0]
     assert decoder.generate(tiny.one(row), **GREEDY).tolist() == [row + tiny.alone(model, row, max_new_tokens=LENGTH)]

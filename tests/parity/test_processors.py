@@ -125,10 +125,9 @@ def test_a_users_processor_is_shown_true_prefixes_only(num_layers):
 def test_a_processor_with_sampling_is_exact_on_the_drafts_too():
     """Tokens that a processor forbids are never sampled, however the draft was drawn."""
     rows = tiny.prompts()
+    options = {"max_new_tokens": LENGTH, "do_sample": True, "suppress_tokens": [6, 11, 30], "seed": 2}
     for sampling in ("sample", "greedy"):
-        sequences = tiny.decoder("llama", 3).generate(
-            **tiny.padded(rows), max_new_tokens=LENGTH, do_sample=True, suppress_tokens=[6, 11, 30], seed=2, draft_sampling=sampling
-        )
+        sequences = tiny.decoder("llama", 3).generate(**tiny.padded(rows), **options, draft_sampling=sampling)
         assert not set(sequences[:, 9:].flatten().tolist()) & {6, 11, 30}, f"a forbidden token with draft_sampling={sampling!r}"
 
 

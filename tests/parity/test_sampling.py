@@ -1,5 +1,7 @@
-"""Sampling: the same seed is the same text, rows have streams of their own, and no neighbour reaches them. The law itself is proved
-in tests/lossless."""
+"""Sampling: the same seed is the same text, rows have streams of their own, and no neighbour reaches them.
+
+The law itself is proved in tests/lossless.
+"""
 
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_coupled_text_depends_on_the_seed_alone():
         decoder = tiny.decoder("llama", k, num_layers, acceptance="coupled")
         assert torch.equal(decoder.generate(**batch, **options), plain), f"K={k}, {num_layers} layers: another text"
         assert decoder.metrics.tau > 1.1, f"coupling must keep some drafts: {decoder.metrics}"
-        assert torch.equal(decoder.generate(**batch, **options, draft_sampling="greedy"), plain), "draft_sampling changed the text"
+        assert torch.equal(decoder.generate(**batch, **options, draft_sampling="greedy"), plain), "drafts changed the text"
 
 
 def test_little_temperature_is_greedy():

@@ -25,14 +25,16 @@ class Kept:
 def assert_caches_hold(kept, decoder, rows, texts, num_layers):
     """The target's cache: all but the last token. The head's: what the round before had absorbed for good.
 
-        text  a b c d e f     last round d e f     target  a b c d e     head (one layer)  a b     (two)  a
+    text  a b c d e f     last round d e f     target  a b c d e     head (one layer)  a b     (two)  a
     """
     target, head = (cache.lengths.tolist() for cache in kept.made)
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         length = len(row) + len(text)
         assert target[number] == length - 1, f"row {number}: {length} tokens of text, {target[number]} in the target's cache"
         most = max(length - num_layers, 0)
-        least = max(most - decoder.metrics.history[number][-1], 0)  # a row that ended in the last round; others had time to catch up
+        least = max(
+            most - decoder.metrics.history[number][-1], 0
+        )  # a row that ended in the last round; others had time to catch up
         assert least <= head[number] <= most, f"row {number}: {head[number]} in the head's cache, not {least} to {most}"
 
 
@@ -128,7 +130,9 @@ def test_a_criterion_that_answers_with_one_bool():
 @pytest.fixture(scope="module")
 def tokenizer():
     """Token 7 reads "(7)"; strings run over the borders of tokens."""
-    words = Tokenizer(models.WordLevel({f"({token})": token for token in range(tiny.VOCAB)} | {"abcdef": tiny.VOCAB}, unk_token="(0)"))
+    words = Tokenizer(
+        models.WordLevel({f"({token})": token for token in range(tiny.VOCAB)} | {"abcdef": tiny.VOCAB}, unk_token="(0)")
+    )
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="(0)", eos_token="(2)")
 
 
@@ -156,7 +160,9 @@ def test_stop_strings_of_the_generation_config(tokenizer):
     with pytest.raises(GenerationError, match="without a tokenizer"):
         decoder.generate(tiny.one(row), max_new_tokens=LENGTH)
     own = GenerationConfig(max_new_tokens=LENGTH, do_sample=False)
-    assert torch.equal(decoder.generate(tiny.one(row), generation_config=own, tokenizer=tokenizer), expected), "a config of one's own"
+    assert torch.equal(decoder.generate(tiny.one(row), generation_config=own, tokenizer=tokenizer), expected), (
+        "a config of one's own"
+    )
 
 
 def test_finished_rows_stay_as_they_are():

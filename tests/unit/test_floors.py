@@ -47,4 +47,3 @@ def test_imports_go_down(path):
 def test_inference_never_pays_for_training():
     importers = [path.name for path in FILES for _, name in imports(path) if name == "train"]
     assert not importers, f"{importers} import train.py"
-

@@ -31,9 +31,9 @@ def test_tau_is_tokens_per_row_and_forward(two_rows):
 def test_acceptance_by_position(two_rows):
     """Appending n tokens kept n - 1 drafts and refused the next, if there was one.
 
-        position 1   reached by 3 1 4 2 2, and by 2 (ended: kept 1); not by 1 (ended)        kept by 3 4 2 2 2
-        position 2   reached by 3 4 2 2; not by 2 (ended)                                    kept by 3 4
-        position 3   reached by 3 4                                                          kept by 4
+    position 1   reached by 3 1 4 2 2, and by 2 (ended: kept 1); not by 1 (ended)        kept by 3 4 2 2 2
+    position 2   reached by 3 4 2 2; not by 2 (ended)                                    kept by 3 4
+    position 3   reached by 3 4                                                          kept by 4
     """
     assert two_rows.acceptance_rate() == [5 / 6, 2 / 4, 1 / 2]
 

@@ -15,12 +15,13 @@ IMPORTS = [node for node in ast.parse((ROOT / "__init__.py").read_text()).body i
 EXPORTED = [(node.module, alias) for node in IMPORTS for alias in node.names]
 NAMES = [alias.name for _, alias in EXPORTED]
 
-PROMISED = """MTPDecoder MTPHead MTPSpec MTPOutput MTPProposer NGramProposer Proposer Draft Acceptance KVCacheManager RaggedCache CropCache
-DraftSchedule Metrics generate load families MTPDecodeError UnsupportedModelError HeadWeightsError CacheError GenerationError""".split()
+PROMISED = {"MTPDecoder", "MTPHead", "MTPSpec", "MTPOutput", "MTPProposer", "NGramProposer", "Proposer", "Draft", "Acceptance"}
+PROMISED |= {"KVCacheManager", "RaggedCache", "CropCache", "DraftSchedule", "Metrics", "generate", "load", "families"}
+PROMISED |= {"MTPDecodeError", "UnsupportedModelError", "HeadWeightsError", "CheckpointError", "CacheError", "GenerationError"}
 
 
 def test_what_is_promised_is_there():
-    assert set(PROMISED) <= set(NAMES), f"missing: {set(PROMISED) - set(NAMES)}"
+    assert set(NAMES) >= PROMISED, f"missing: {PROMISED - set(NAMES)}"
 
 
 def test_exports_are_explicit_sorted_and_once():

@@ -68,7 +68,9 @@ class Prefilled(Proposer):
 
 
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize("make", [Stubborn, lambda: Clairvoyant(expected()), Wild, Prefilled], ids=["stubborn", "knows", "wild", "lag"])
+@pytest.mark.parametrize(
+    "make", [Stubborn, lambda: Clairvoyant(expected()), Wild, Prefilled], ids=["fixed", "knows", "wild", "lag"]
+)
 def test_a_users_proposer(make, k):
     decoder = MTPDecoder.from_model(tiny.target("llama"), proposer=make(), num_speculative_tokens=k)
     sequences = decoder.generate(**tiny.padded(tiny.prompts()), **GREEDY)
@@ -142,7 +144,7 @@ def test_a_users_rule(rule):
 class NeverCropped(KVCacheManager):
     """transformers' growing cache, never cropped: every window is appended, and the mask hides what a later one has replaced.
 
-        slots   0 1 2 3 | 2 3 4     positions 2 and 3 were written twice, and the first ones are hidden
+    slots   0 1 2 3 | 2 3 4     positions 2 and 3 were written twice, and the first ones are hidden
     """
 
     def __init__(self, layout, num_layers, num_rows, device):
@@ -188,7 +190,8 @@ def test_a_factory_may_be_any_callable():
 
     decoder = tiny.decoder("sliding", 2, 2, cache=factory)
     decoder.generate(**tiny.padded(tiny.prompts()), max_new_tokens=2)
-    assert made == [(["full_attention", "sliding_attention"], 2, 5, "cpu"), (["sliding_attention"], 2, 5, "cpu")], "target, then head"
+    target, head = ["full_attention", "sliding_attention"], ["sliding_attention"]
+    assert made == [(target, 2, 5, "cpu"), (head, 2, 5, "cpu")], "first the target's, then the head's"
     made.clear()
     decoder.generate(**tiny.padded(tiny.prompts()), max_new_tokens=2, num_speculative_tokens=0)
     assert len(made) == 1, "without drafts the head needs no cache"

@@ -49,7 +49,8 @@ def test_a_schedule_sees_the_metrics_of_its_call():
 
 
 def test_coupled_sampling_does_not_see_the_schedule():
-    batch, options = tiny.padded(tiny.prompts()), {"max_new_tokens": LENGTH, "do_sample": True, "seed": 3, "acceptance": "coupled"}
+    batch, options = tiny.padded(tiny.prompts()), {"max_new_tokens": LENGTH, "do_sample": True, "seed": 3}
+    options["acceptance"] = "coupled"
     plain = tiny.decoder("llama", 0).generate(**batch, **options)
     assert torch.equal(tiny.decoder("llama", Cycling(), 2).generate(**batch, **options), plain)
 
