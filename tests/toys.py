@@ -51,7 +51,7 @@ def exact_head(target: TableLM, previous: Literal["hidden", "cache"] = "hidden",
 
     previous  where it learns of the token before the one that it is given: the hidden state, or its own cache
 
-    The table needs (previous, current). The head is given the embedding of `current`, and the hidden state of the position before,
+    The table needs (previous, current). The head is given the embedding of `current` and the hidden state one position before,
     which is the one-hot pair that ends in `previous`; with "cache" it looks one place back instead, as the target does.
     """
     size, block = len(target.table), target.model.layers[0]

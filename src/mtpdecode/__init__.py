@@ -1,5 +1,6 @@
 """mtpdecode: a causal language model decodes several tokens per forward pass with its own MTP head, and the same law."""
 
+from . import testing as testing
 from .acceptance import Acceptance as Acceptance
 from .acceptance import BlockAcceptance as BlockAcceptance
 from .acceptance import StandardAcceptance as StandardAcceptance

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -63,18 +64,31 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
             f"{type(target).__name__} has no native MTP head. Known families: {', '.join(sorted(known_model_types()))}. "
             "Pass head='FOLDER/OR/REPOSITORY' to take one from elsewhere; to speculate without a head, proposer=NGramProposer()."
         )
-    head = MTPHead(target, spec, num_layers, read_draft_vocabulary(checkpoint))
+    vocabulary = read_draft_vocabulary(checkpoint)
+    if vocabulary is not None:
+        _check_vocabulary(vocabulary, int(text_config(target).vocab_size), checkpoint.source)
+    head = MTPHead(target, spec, num_layers, vocabulary)
     head.load_state_dict(read_head(checkpoint, spec, head.num_target_layers, head.state_dict()))
     head.num_speculative_tokens = int(checkpoint.config.get("num_speculative_tokens", num_layers))
     return head.eval()
 
 
-def _checked(head: MTPHead, target: PreTrainedModel) -> MTPHead:
-    if head.config.hidden_size != text_config(target).hidden_size:
+def _check_vocabulary(ids: Tensor, vocab_size: int, source: str) -> None:
+    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids):
         raise HeadWeightsError(
-            f"A head for hidden states of size {head.config.hidden_size} was given; {type(target).__name__} has "
-            f"{text_config(target).hidden_size}. Build it with MTPHead(model, spec)."
+            f"The MTP head of {source!r} was asked for; its {DRAFT_VOCABULARY} is not a list of different token ids in "
+            f"0..{vocab_size - 1}. Take the head that was made for this model."
         )
+
+
+def _checked(head: MTPHead, target: PreTrainedModel) -> MTPHead:
+    """The head, if it goes with the target."""
+    for name, what in (("hidden_size", "hidden states of size"), ("vocab_size", "a vocabulary of")):
+        ours, theirs = getattr(head.config, name), getattr(text_config(target), name)
+        if ours != theirs:
+            raise HeadWeightsError(
+                f"A head for {what} {ours} was given; {type(target).__name__} has {theirs}. Build it with MTPHead(model, spec)."
+            )
     return head
 
 

@@ -134,13 +134,13 @@ def sample_texts(
 
 
 def first_tokens(decoder: MTPDecoder, inputs: Mapping[str, Tensor], num_tokens: int, **options: Any) -> list[Tokens]:
-    """The first num_tokens new tokens of every row; decoding stops where all rows have them."""
+    """The first num_tokens new tokens of every row; decoding stops where all rows have them or have ended."""
     texts: list[list[int]] = [[] for _ in range(len(inputs["attention_mask"]))]
     for chunk in decoder.stream(**inputs, **options):
         for text, tokens in zip(texts, chunk.tokens, strict=True):
             text += tokens
-        if min(map(len, texts)) >= num_tokens:
-            break
+        if all(len(text) >= num_tokens or not tokens for text, tokens in zip(texts, chunk.tokens, strict=True)):
+            break  # a row that appended nothing has ended
     return [tuple(text[:num_tokens]) for text in texts]
 
 

@@ -1,6 +1,7 @@
 """Heads come from real layouts under real names, in one file or many, for any number of layers, and go back into them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -210,12 +211,32 @@ def test_saving_target_and_head_together(name, num_shards, written, tmp_path):
     assert torch.equal(again.generate(**batch, **options), decoder.generate(**batch, **options)), "and the object still works"
 
 
-def test_transformers_reads_what_we_saved(written, tmp_path):
+@pytest.mark.parametrize("shard_size", ["50GB", "30KB"])
+def test_transformers_reads_what_we_saved(shard_size, written, tmp_path, monkeypatch):
     """The target alone, by AutoModelForCausalLM, from one file and from several."""
-    MTPDecoder.from_pretrained(written("llama")).save_pretrained(tmp_path / "saved")
+    decoder = MTPDecoder.from_pretrained(written("llama"))
+    monkeypatch.setattr(decoder.target, "save_pretrained", partial(decoder.target.save_pretrained, max_shard_size=shard_size))
+    decoder.save_pretrained(tmp_path / "saved")
+    assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 2) == (shard_size == "30KB")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for key, value in tiny.target("llama").state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+    assert_same_head(MTPDecoder.from_model(model).head, tiny.head("llama"))
+
+
+def test_a_target_whose_embedding_is_its_output_layer(tmp_path):
+    """As small models have it: the checkpoint holds one tensor for both, and the head uses the same."""
+    model = tiny.build("llama", tie_word_embeddings=True)
+    head = tiny.build_head(model, tiny.row_of("llama"), 2)
+    folder = tiny.write_checkpoint(tmp_path / "tied", model, head)
+    assert "lm_head.weight" not in names_in(folder)
+    decoder = MTPDecoder.from_pretrained(folder, num_speculative_tokens=3)
+    assert_same_head(decoder.head, head)
+    row = tiny.prompts()[0]
+    expected = tiny.alone(model, row, max_new_tokens=LENGTH)
+    assert decoder.generate(tiny.one(row), max_new_tokens=LENGTH, do_sample=False).tolist() == [row + expected]
+    decoder.save_pretrained(tmp_path / "again")
+    assert_same_head(MTPDecoder.from_pretrained(tmp_path / "again").head, head)
 
 
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

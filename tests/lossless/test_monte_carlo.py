@@ -1,6 +1,6 @@
 """Samples through the real loop against the target's exact law, over processors, K, rules, proposers and ragged batches.
 
-Every cell draws 1,500 or 4,000 texts of 3 tokens with fixed seeds. All cells together refuse a lossless decoder with a chance of
+Every cell draws 1,200 or 4,000 texts of 3 tokens with fixed seeds. All cells together refuse a lossless decoder with a chance of
 2e-4 at most; what they catch is measured in test_planted_faults.py.
 """
 
@@ -113,7 +113,7 @@ def test_the_law_is_the_targets(cell):
         acceptance=acceptance,
         draft_sampling=draft_sampling,
     )
-    num_samples = 1500 if processor in ONE_BY_ONE else 4000
+    num_samples = 1200 if processor in ONE_BY_ONE else 4000
     prompts, options = PROMPTS[: 1 + (batch == "ragged")], {"max_new_tokens": NUM_TOKENS + num_draft} | options
     for prompt, seen in zip(prompts, samples(decoder, prompts, num_samples, **options), strict=True):
         law = continuation_law(model, prompt, NUM_TOKENS, **options)

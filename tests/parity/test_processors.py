@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
 
 from mtpdecode import MTPProposer
 from tests import tiny
@@ -44,6 +44,14 @@ def test_every_processor_is_exact_for_every_row(options, num_layers):
 def _of_row(options, row):
     """min_length, said for the padded batch, means so many tokens fewer for a row that is shorter."""
     return options | ({"min_length": options["min_length"] - (9 - len(row))} if "min_length" in options else {})
+
+
+def test_a_watermark_is_written_at_every_place():
+    rows, decoder = tiny.prompts(), tiny.decoder("llama", 3)
+    options = {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="lefthash")}
+    expected = [tiny.alone(decoder.target, row, **SPARE, **options) for row in rows]
+    assert expected != [tiny.plain("llama", row, **SPARE) for row in rows]
+    tiny.assert_rows(decoder.generate(**tiny.padded(rows), **SPARE, **options), 9, expected, "a watermark")
 
 
 @pytest.mark.parametrize("name", ["sliding", "glm4_moe", "deepseek_v3", "mimo"])

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import mtpdecode
-from mtpdecode import GenerationError, MTPDecoder
+from mtpdecode import GenerationError, MTPDecoder, NGramProposer
 from tests import tiny
 
 LENGTH = 20
@@ -143,6 +143,21 @@ def test_embeddings_that_no_token_has(side):
         own = embeds[number : number + 1, start : start + len(row)]
         expected = model.generate(inputs_embeds=own, max_new_tokens=LENGTH, do_sample=False)
         assert torch.equal(sequences[number : number + 1], expected), f"row {number}, padding on the {side}: another text"
+
+
+def test_processors_and_prompt_lookup_see_no_token_where_embeddings_stand():
+    """With embeddings alone plain decoding shows its processors the new tokens only."""
+    rows, model, head = tiny.prompts(4), tiny.target("llama"), tiny.head("llama", 2)
+    embeds = [model.get_input_embeddings()(tiny.one(row)).detach() for row in rows]
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    expected = [model.generate(inputs_embeds=each, **options)[0].tolist() for each in embeds]
+    assert expected != [tiny.plain("llama", row, **options) for row in rows], "with ids the prompt counts, too"
+    padded = torch.stack([torch.nn.functional.pad(each[0], (0, 0, 9 - each.shape[1], 0)) for each in embeds])
+    mask = tiny.padded(rows)["attention_mask"]
+    for given in ({"head": head}, {"proposer": NGramProposer()}):
+        decoder = MTPDecoder.from_model(model, num_speculative_tokens=3, **given)
+        sequences = decoder.generate(inputs_embeds=padded, attention_mask=mask, **options)
+        tiny.assert_rows(sequences, 0, expected, f"embeddings with processors, {next(iter(given))}")
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])

@@ -29,6 +29,7 @@ def keys_and_values(cache, row, length):
     return [part[row, :, :length] for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
+@torch.no_grad()
 def fresh(model, tokens):
     """Keys and values of a text that was read at once, by transformers alone."""
     cache = DynamicCache()
@@ -90,6 +91,7 @@ def test_crop_cache_after_commits_is_a_fresh_prefill(name, rounds):
 # ── both caches behind a whole call ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+@torch.no_grad()
 def head_entries(decoder, tokens, depth):
     """Keys and values of one depth of the head, read at once: entry t pairs the target's state at t with token t + 1."""
     model, head = decoder.target, decoder.head

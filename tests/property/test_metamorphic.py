@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mtpdecode import MTPDecoder, NGramProposer
 from tests.tiny import build, build_head, one, padded, prompts, row_of
 
-SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 NAMES = ("llama", "sliding", "deepseek_v3")
 LENGTH = 14
 

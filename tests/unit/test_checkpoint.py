@@ -140,6 +140,12 @@ def test_a_head_of_another_size(tmp_path):
     refused(folder, HeadWeightsError, "misshapen", "is (32,), not (64,)", model=tiny.build("llama", hidden_size=64))
 
 
+@pytest.mark.parametrize("ids", [[], [3, 48], [-1, 4], [4, 4], [[3, 4]]])
+def test_a_draft_vocabulary_that_is_none(ids, folder):
+    change(folder, draft_vocabulary=torch.tensor(ids, dtype=torch.int32))
+    refused(folder, HeadWeightsError, "its draft_vocabulary", "different token ids in 0..47", "made for this model")
+
+
 def test_a_head_of_another_family(tmp_path):
     save_head(tiny.head("mimo"), tmp_path / "head")
     refused(tmp_path / "head", HeadWeightsError, "the files hold none of its tensors", "model.layers.2.*")

@@ -157,15 +157,13 @@ def test_something_that_is_no_model(thing):
     says(UnsupportedModelError, lambda: MTPDecoder.from_model(thing), "was to be decoded", found, "MTPDecoder.from_pretrained")
 
 
-def test_a_head_of_another_size():
-    head = tiny.head("llama")
-    says(
-        HeadWeightsError,
-        lambda: MTPDecoder.from_model(tiny.build("llama", hidden_size=64), head=head),
-        "size 32",
-        "LlamaForCausalLM has 64",
-        "MTPHead(model, spec)",
-    )
+@pytest.mark.parametrize(
+    ("changes", "asked"), [({"hidden_size": 64}, "hidden states of size 32"), ({"vocab_size": 64}, "a vocabulary of 48")]
+)
+def test_a_head_of_another_size(changes, asked):
+    model, head = tiny.build("llama", **changes), tiny.head("llama")
+    parts = asked, "LlamaForCausalLM has 64", "MTPHead(model, spec)"
+    says(HeadWeightsError, lambda: MTPDecoder.from_model(model, head=head), *parts)
 
 
 # ── options of a decoder ────────────────────────────────────────────────────────────────────────────────────────────────────
