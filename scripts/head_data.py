@@ -37,8 +37,9 @@ SAMPLED_START = (8, 40)  # prose and code: how many tokens are sampled before th
 CONTINUATION = 140
 
 QUESTION_STARTERS = """What is|What are|How do I|How does|How can I|Why do|Why is|Explain|Explain how|Describe|Write a|
-Write a short|Write a Python function|Write a function that|Write a story about|Write an email|Give me|Give me three|Can you|Could you|
-List|List five|Tell me|Tell me about|Who was|Who is|When did|Where is|Which|Summarize|Translate|Compare|Define|Create|Help me|
+Write a short|Write a Python function|Write a function that|Write a story about|Write an email|Give me|Give me three|Can you|
+Could you|List|List five|
+Tell me|Tell me about|Who was|Who is|When did|Where is|Which|Summarize|Translate|Compare|Define|Create|Help me|
 I want to|I need|I have|I am|My|Is it|Are there|Do|Does|Should I|What would|What's the best|What happens when|
 What is the difference between|How much|How many|How long|In|If|Suggest|Recommend|Rewrite|Correct|Classify|Generate|Design|
 Plan|Solve|Calculate|Find|Name|Identify|Convert|Provide|Make|Teach me|Show me|Imagine|Please|Please explain|Please write|
@@ -60,7 +61,7 @@ import json\n|import random\n|import math\n|import argparse\n|import unittest\n|
 class LockstepLlama:
     """A Llama whose rows all stand at the same position: decoding is one product per weight and no mask at all.
 
-        keys, values   (L, B, Hkv, S, Dh)      position   the next free slot, the same in every row
+    keys, values   (L, B, Hkv, S, Dh)      position   the next free slot, the same in every row
     """
 
     def __init__(self, model: LlamaForCausalLM, num_rows: int, num_slots: int) -> None:
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0, help="one per process; batches count on from seed * 1000")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="only these")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--length", type=int, default=400)
     parser.add_argument("--threads", type=int, default=1, help="one process of one thread per core is fastest")
@@ -219,7 +221,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    order = [kind for kind in KINDS for _ in range(SHARES[kind])]
+    order = [kind for kind in args.kinds for _ in range(SHARES[kind])]
     start, done = time.time(), 0
     while time.time() - start < 60 * args.minutes:
         began, kind = time.time(), order[done % len(order)]

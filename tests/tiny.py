@@ -156,8 +156,8 @@ def _fill(model, generator):
         embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embedding.copy_(normal(embedding, 1.0))
         output.copy_(normal(output, 0.3))
-        circle = torch.randperm(VOCAB - 3, generator=generator) + 3
-        follower = torch.arange(VOCAB)
+        circle = torch.randperm(len(output) - 3, generator=generator) + 3
+        follower = torch.arange(len(output))
         follower[circle] = circle.roll(-1)
         output[follower] += 0.5 * embedding
         output -= 0.3 * embedding  # a token does not follow itself

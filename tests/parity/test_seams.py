@@ -145,6 +145,7 @@ def test_embeddings_that_no_token_has(side):
         assert torch.equal(sequences[number : number + 1], expected), f"row {number}, padding on the {side}: another text"
 
 
+@pytest.mark.filterwarnings("ignore:Passing .* with `inputs_embeds`:UserWarning")
 def test_processors_and_prompt_lookup_see_no_token_where_embeddings_stand():
     """With embeddings alone plain decoding shows its processors the new tokens only."""
     rows, model, head = tiny.prompts(4), tiny.target("llama"), tiny.head("llama", 2)

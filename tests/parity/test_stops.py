@@ -168,7 +168,7 @@ def test_stop_strings_of_the_generation_config(tokenizer):
 
 
 def test_padding_of_finished_rows_is_what_transformers_pads_with():
-    """Rows of one length, so that plain decoding of the batch is a reference: no pad token, one, or the last of several end tokens."""
+    """Rows of one length, so that plain decoding of the batch is a reference: with a pad token, with another, with none."""
     decoder, batch = tiny.decoder("llama", 3), tiny.padded(tiny.prompts(6, lengths=(5,)))
     for options in ({"pad_token_id": 7}, {"eos_token_id": [11, 35, 6]}, {"eos_token_id": [35, 11, 6], "pad_token_id": 1}):
         options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": [11, 35]} | options
