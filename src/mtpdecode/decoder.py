@@ -285,7 +285,6 @@ class MTPDecoder:
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, MTPProposer):
             self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
-            proposer = copy(proposer)  # it holds the call's cache: two streams of one decoder must not meet
             caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_layers))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
         call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose)

@@ -61,8 +61,8 @@ def test_greedy_text_is_plain_text(name, data):
 @SETTINGS
 @given(data=st.data())
 def test_sampled_text_moves_with_its_row(acceptance, data):
-    """With a seed per row, rows in another order, padded elsewhere and read in other chunks keep their texts, at any K."""
-    order = data.draw(st.permutations(range(len(ROWS))))
+    """With a seed per row: other neighbours, another order, padding and chunks leave each row its text, at any K."""
+    which = data.draw(st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=6))
     num_draft, seeds = data.draw(st.integers(0, 4)), [7, 7, 8, 2**38, 0]
     shared = {"acceptance": acceptance, "num_speculative_tokens": num_draft, **SAMPLED}
     moved = {
@@ -70,8 +70,8 @@ def test_sampled_text_moves_with_its_row(acceptance, data):
         "side": data.draw(st.sampled_from(["left", "right", "both"])),
     }
     still = texts(DECODERS["llama"], ROWS, seed=seeds, **shared)
-    found = texts(DECODERS["llama"], [ROWS[row] for row in order], seed=[seeds[row] for row in order], **shared, **moved)
-    assert found == [still[row] for row in order]
+    found = texts(DECODERS["llama"], [ROWS[row] for row in which], seed=[seeds[row] for row in which], **shared, **moved)
+    assert found == [still[row] for row in which]
 
 
 @SETTINGS
