@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtpdecode import MTPDecoder, NGramProposer
+from mtpdecode import GenerationError, MTPDecoder, NGramProposer
 from tests.tiny import build, build_head, one, padded, prompts, row_of
 
 SETTINGS = settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -98,3 +98,9 @@ def test_counts_are_in_range(num_draft, budget, do_sample):
     for counts, row in zip(metrics.history, out[:, max(map(len, ROWS)) :].tolist(), strict=True):
         text = row[: row.index(eos) + 1] if eos in row else row
         assert sum(counts) == len(text) <= budget
+
+
+def test_a_mask_that_nobody_gave_may_have_no_hole():
+    """Without a mask transformers hides every padding token; inside of a prompt that would be another prompt, so it is refused."""
+    with pytest.raises(GenerationError, match="hole"):
+        DECODERS["llama"].generate(torch.tensor([[5, 0, 7]]), max_new_tokens=2, pad_token_id=0)
