@@ -101,6 +101,6 @@ def test_counts_are_in_range(num_draft, budget, do_sample):
 
 
 def test_a_mask_that_nobody_gave_may_have_no_hole():
-    """Without a mask transformers hides every padding token; inside of a prompt that would be another prompt, so it is refused."""
+    """Without a mask transformers hides every padding token; inside of a prompt that would be another prompt: refused."""
     with pytest.raises(GenerationError, match="hole"):
         DECODERS["llama"].generate(torch.tensor([[5, 0, 7]]), max_new_tokens=2, pad_token_id=0)
