@@ -74,7 +74,7 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int, source: str) -> None:
-    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids):
+    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(set(ids.tolist())) < len(ids):
         raise HeadWeightsError(
             f"The MTP head of {source!r} was asked for; its {DRAFT_VOCABULARY} is not a list of different token ids in "
             f"0..{vocab_size - 1}. Take the head that was made for this model."
