@@ -88,8 +88,7 @@ def build(name, **changes):
     """A new target in eval mode, float32, with some settings changed."""
     model_class, config_class, settings = TARGETS[name]
     model = model_class(config_class(**(settings | changes))).eval()
-    _fill(model, torch.Generator().manual_seed(SEEDS.get(name, 0)))
-    return model
+    return fill(model, SEEDS.get(name, 0))
 
 
 @cache
@@ -138,7 +137,10 @@ def decoder(name, num_speculative_tokens=2, num_layers=1, **kwargs):
     )
 
 
-def _fill(model, generator):
+def fill(model, seed=0):
+    """The model, with random weights of a lively kind: see the head of this file."""
+    generator = torch.Generator().manual_seed(seed)
+
     def normal(parameter, scale):
         return torch.randn(parameter.shape, generator=generator) * scale
 
@@ -161,6 +163,7 @@ def _fill(model, generator):
         follower[circle] = circle.roll(-1)
         output[follower] += 0.5 * embedding
         output -= 0.3 * embedding  # a token does not follow itself
+    return model
 
 
 # ── batches, and what plain decoding makes of them ──────────────────────────────────────────────────────────────────────────
