@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -81,10 +82,19 @@ class Checkpoint:
         return tensors
 
 
-def num_head_layers(config: Mapping[str, Any], spec: MTPSpec) -> int:
-    """How many MTP layers a config promises; 0 where it has none of the family's fields."""
+def num_head_layers(checkpoint: Checkpoint, spec: MTPSpec) -> int:
+    """How many MTP layers a checkpoint promises: what its config says, else as many as its tensors show; 0 where it has none."""
+    config = checkpoint.config
     sources = (config, config.get("text_config") or {})
-    return next((int(s[key]) for s in sources for key in spec.num_layers_keys if s.get(key) is not None), 0)
+    said = (_looked_up(source, key) for source in sources for key in spec.num_layers_keys)
+    return next((int(number) for number in said if number is not None), len(spec.places("proj", checkpoint.files)))
+
+
+def _looked_up(config: Mapping[str, Any], path: str) -> Any:
+    """A config field, or None; a path with dots leads into nested configs."""
+    for key in path.split("."):
+        config = (config or {}).get(key)  # type: ignore[assignment]
+    return config
 
 
 def read_draft_vocabulary(checkpoint: Checkpoint) -> Tensor | None:
@@ -113,8 +123,8 @@ def write_head(
 ) -> None:
     """The opposite of `read_head`: tensors under our names become a folder that it reads. Nothing is left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = ((_their_name(ours, spec, num_target_layers), tensor.detach().cpu()) for ours, tensor in tensors.items())
-    theirs = {name: part.clone() for whole, tensor in named for name, part in _unstacked(whole, tensor)}
+    named = ((ours, _their_name(ours, spec, num_target_layers), tensor.detach().cpu()) for ours, tensor in tensors.items())
+    theirs = {name: part.clone() for ours, whole, tensor in named for name, part in _unstacked(ours, whole, tensor, spec)}
     partial = folder / (SINGLE + ".partial")
     save_file(theirs, partial, metadata={"format": "pt"})
     os.replace(partial, folder / SINGLE)
@@ -154,41 +164,58 @@ def _their_name(ours: str, spec: MTPSpec, num_target_layers: int) -> str:
     """`layers.0.norm_embed.weight` -> `model.layers.30.enorm.weight`, as the family writes it."""
     if ours == DRAFT_VOCABULARY:
         return ours
-    _, layer, rest = ours.split(".", 2)
-    prefix = spec.prefix.format(i=int(layer), n=num_target_layers + int(layer))
-    for entry, name in spec.names:
-        if rest.startswith(name + "."):
-            return prefix + entry + rest.removeprefix(name)
-    return prefix + rest.removeprefix("block.")
+    _, layer, part, rest = ours.split(".", 3)
+    if part == "block":
+        for theirs, fragment in spec.renames:
+            rest = _renamed(rest, fragment, theirs)
+    return spec.pattern(part).format(i=int(layer), n=num_target_layers + int(layer)) + rest
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    """With one run of whole name parts replaced: (a.b.c, b.c, x) -> a.x."""
+    return re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
+
+
+def _matrices(name: str, experts: tuple[str, ...]) -> list[str]:
+    """The matrices of each expert that a stacked tensor of transformers holds; none for another tensor.
+
+    mlp.experts.gate_up_proj  ->  gate_proj, up_proj        mlp.experts.down_proj  ->  down_proj
+    """
+    parent, _, last = name.rpartition(".experts.")
+    stacked = {"gate_up_proj": experts[:-1], "up_proj": experts[:-1], "down_proj": experts[-1:]}
+    return list(stacked.get(last, ())) if parent else []
 
 
 def _parts(ours: str, shape: tuple[int, ...], spec: MTPSpec, num_target_layers: int, checkpoint: Checkpoint) -> list[Part]:
-    """The tensors of the checkpoint that make up one of ours: one, or one per expert where transformers stacks experts.
+    """The tensors of the checkpoint that make up one of ours: one, or one per expert where transformers stacks experts, or two
+    where it joins gate and up.
 
     gate_up_proj  (E, 2I, H)  <-  E times gate_proj (I, H) and up_proj (I, H)        down_proj  (E, H, I)  <-  E times (H, I)
     """
-    name = _their_name(ours, spec, num_target_layers)
-    parent, _, last = name.rpartition(".experts.")
-    if not parent or last not in ("gate_up_proj", "down_proj") or name in checkpoint.files:
+    name, matrices = _their_name(ours, spec, num_target_layers), _matrices(ours, spec.experts)
+    if name in checkpoint.files:
         return [Part(name, shape)]
-    num_experts, rows, columns = shape
-    stem = f"{parent}.experts."
-    if last == "down_proj":
-        return [Part(f"{stem}{expert}.down_proj.weight", (rows, columns)) for expert in range(num_experts)]
-    halves = ("gate_proj", "up_proj")
-    return [Part(f"{stem}{e}.{half}.weight", (rows // 2, columns)) for e in range(num_experts) for half in halves]
+    if matrices:
+        num_experts, rows, columns = shape
+        stem, part = name.rpartition(".")[0], (rows // len(matrices), columns)
+        return [Part(f"{stem}.{expert}.{matrix}.weight", part) for expert in range(num_experts) for matrix in matrices]
+    joined = ".gate_up_proj.weight"
+    if name.endswith(joined) and name.replace(joined, ".gate_proj.weight") in checkpoint.files:
+        rows, columns = shape
+        return [Part(name.replace(joined, f".{half}.weight"), (rows // 2, columns)) for half in ("gate_proj", "up_proj")]
+    return [Part(name, shape)]
 
 
-def _unstacked(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _unstacked(ours: str, theirs: str, tensor: Tensor, spec: MTPSpec) -> Iterator[tuple[str, Tensor]]:
     """The opposite of `_parts`: a matrix per expert."""
-    parent, _, last = name.rpartition(".experts.")
-    if not parent or last not in ("gate_up_proj", "down_proj"):
-        yield name, tensor
+    matrices = _matrices(ours, spec.experts)
+    if not matrices:
+        yield theirs, tensor
         return
-    halves = ("down_proj",) if last == "down_proj" else ("gate_proj", "up_proj")
+    stem = theirs.rpartition(".")[0]
     for expert, both in enumerate(tensor):
-        for half, part in zip(halves, both.chunk(len(halves)), strict=True):
-            yield f"{parent}.experts.{expert}.{half}.weight", part
+        for matrix, part in zip(matrices, both.chunk(len(matrices)), strict=True):
+            yield f"{stem}.{expert}.{matrix}.weight", part
 
 
 def _assemble(parts: list[Tensor], like: Tensor) -> Tensor:

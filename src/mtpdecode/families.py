@@ -101,7 +101,7 @@ def spec_for(model_type: str, class_name: str, tensor_names: Iterable[str] = ())
     """
     rows = [row for row in FAMILIES if model_type in (*row.model_types, row.base_model_type)]
     names = list(tensor_names)
-    marked = [row for row in rows if any(name.startswith(row.prefix.split("{")[0]) and _is_entry(row, name) for name in names)]
+    marked = [row for row in rows if row.located(names).places("proj", names)]
     if not rows:
         raise UnsupportedModelError(
             f"{class_name} (model_type={model_type!r}) has no native MTP head that mtpdecode knows. "
@@ -114,8 +114,3 @@ def spec_for(model_type: str, class_name: str, tensor_names: Iterable[str] = ())
 def known_model_types() -> set[str]:
     """Every model type in the table."""
     return {model_type for row in FAMILIES for model_type in row.model_types}
-
-
-def _is_entry(row: MTPSpec, name: str) -> bool:
-    """Whether a tensor can only belong to a head of this row: it is one of those that surround the block."""
-    return any(f".{entry}." in name for entry, ours in row.names if ours == "proj")

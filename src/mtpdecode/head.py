@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .errors import UnsupportedModelError
 from .spec import MTPSpec
 from .state import Window
-from .target import decoder_of, lm_head_of, text_config
+from .target import decoder_of, final_norm_of, lm_head_of, text_config
+
+PER_LAYER = ("layer_types", "mlp_layer_types")
+"""Config fields with one entry a layer."""
 
 
 class Shared(NamedTuple):
@@ -21,6 +26,7 @@ class Shared(NamedTuple):
     embedding: nn.Module
     lm_head: Any
     rotary: nn.Module
+    norm: nn.Module
 
 
 class MTPLayer(nn.Module):
@@ -28,14 +34,23 @@ class MTPLayer(nn.Module):
 
     def __init__(self, target: PreTrainedModel, spec: MTPSpec, config: PreTrainedConfig, index: int) -> None:
         super().__init__()
-        decoder, size, self.spec = decoder_of(target), config.hidden_size, spec
-        norm = type(decoder.norm)
-        self.norm_embed, self.norm_hidden, self.norm_out = (norm(size, eps=config.rms_norm_eps) for _ in range(3))
-        self.proj = nn.Linear(2 * size, size, bias=False)
-        self.block = type(decoder.layers[-1])(config, index)
+        norm, size, self.spec = final_norm_of(target), config.hidden_size, spec
+        self.norm_embed, self.norm_hidden = fresh_norm(norm), fresh_norm(norm)
+        self.proj = nn.Linear(2 * size, size, bias=spec.proj_bias)
+        self.block = decoder_of(target).layers[config.block_origin].__class__(config, index)
+        self._layer_type = (getattr(config, "layer_types", None) or [""])[0]
+        self._rotary_by_type = "layer_type" in signature(decoder_of(target).rotary_emb.forward).parameters
+        if spec.norm_out == "own":
+            self.norm_out = fresh_norm(norm)
+        if spec.lm_head == "own":
+            self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
+        if spec.embedding == "own":
+            self.embedding = nn.Embedding(config.vocab_size, size)
 
-    def forward(self, embeds: Tensor, hidden: Tensor, window: Window, rotary: nn.Module) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, hidden: Tensor, window: Window, shared: Shared) -> tuple[Tensor, Tensor]:
         """embeds, hidden (B, T, D) -> (what the output layer reads, what the next draft step is fed), (B, T, D) each."""
+        if self.spec.zero_first_embedding:
+            embeds = embeds.masked_fill((window.positions == 0)[..., None], 0.0)
         pair = [self.norm_embed(embeds), self.norm_hidden(hidden)]
         x = self.proj(torch.cat(pair if self.spec.combine == "embed_hidden" else pair[::-1], dim=-1))
         raw = self.block(
@@ -44,10 +59,20 @@ class MTPLayer(nn.Module):
             position_ids=window.positions,
             past_key_values=window.cache,
             use_cache=True,
-            position_embeddings=rotary(x, window.positions),
+            position_embeddings=self._rotated(x, window.positions, shared.rotary),
         )
-        normed = self.norm_out(raw)
+        raw = raw[0] if isinstance(raw, tuple) else raw  # some layers return what they looked at as well
+        normed = self._normed(raw, shared)
         return normed, normed if self.spec.recycle == "normed" else raw
+
+    def _rotated(self, x: Tensor, positions: Tensor, rotary: nn.Module) -> Any:
+        """The rotary angles, of the block's own layer type where the target's types differ in them."""
+        return rotary(x, positions, self._layer_type) if self._rotary_by_type else rotary(x, positions)
+
+    def _normed(self, raw: Tensor, shared: Shared) -> Tensor:
+        if self.spec.norm_out == "none":
+            return raw
+        return self.norm_out(raw) if self.spec.norm_out == "own" else shared.norm(raw)  # type: ignore[no-any-return]
 
 
 class MTPHead(nn.Module):
@@ -67,14 +92,16 @@ class MTPHead(nn.Module):
     ) -> None:
         super().__init__()
         decoder = decoder_of(target)
-        self.spec, self.config = spec, head_config(target, num_layers)
+        self.spec, self.config = spec, head_config(target, spec, num_layers)
         self.num_speculative_tokens = num_layers
         embedding, lm_head = target.get_input_embeddings(), lm_head_of(target)
-        self._shared = [Shared(embedding, lm_head, decoder.rotary_emb)]  # in a list: not a submodule
+        self._shared = [Shared(embedding, lm_head, decoder.rotary_emb, final_norm_of(target))]  # in a list: not a submodule
         self.layers = nn.ModuleList([MTPLayer(target, spec, self.config, index) for index in range(num_layers)])
+        self._share_parts()
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         weight = lm_head.weight
         self.to(device=weight.device, dtype=weight.dtype)
+        _restore_dtypes([layer.block for layer in self.layers], decoder.layers[self.config.block_origin], weight.dtype)  # type: ignore
         rows = None if self.draft_vocabulary is None else weight.detach()[self.draft_vocabulary]
         self.register_buffer("_draft_rows", rows, persistent=False)
 
@@ -88,16 +115,27 @@ class MTPHead(nn.Module):
         """How many layers the target has."""
         return self.config.num_target_layers  # type: ignore[no-any-return]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T, D), the target's own embedding."""
-        return self._shared[0].embedding(tokens)  # type: ignore[no-any-return]
+    def _share_parts(self) -> None:
+        """Depths that the checkpoint gives one tensor have one module."""
+        first, *others = self.layers
+        for part in filter(self.spec.is_shared, self.spec.parts):
+            for layer in others:
+                setattr(layer, part, getattr(first, part))
+
+    def embed(self, tokens: Tensor, depth: int = 0) -> Tensor:
+        """tokens (B, T) -> (B, T, D), the target's own embedding unless the family has another."""
+        table = self._shared[0].embedding if self.spec.embedding == "target" else self.layers[depth].embedding
+        return table(tokens)  # type: ignore[no-any-return, operator]
 
     def forward(self, depth: int, embeds: Tensor, hidden: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """One depth over a window: see `MTPLayer.forward`."""
-        return self.layers[depth](embeds, hidden, window, self._shared[0].rotary)  # type: ignore[no-any-return]
+        return self.layers[depth](embeds, hidden, window, self._shared[0])  # type: ignore[no-any-return]
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """normed (B, D) -> (B, V_draft), over the draft vocabulary."""
+        if self.spec.lm_head == "own":
+            logits: Tensor = self.layers[depth].lm_head(normed)  # type: ignore[operator]
+            return logits if self.draft_vocabulary is None else logits[..., self.draft_vocabulary]
         if self._draft_rows is None:
             return self._shared[0].lm_head(normed)  # type: ignore[no-any-return]
         return F.linear(normed, self._draft_rows)
@@ -115,17 +153,48 @@ class MTPHead(nn.Module):
         return full.index_copy_(-1, self.draft_vocabulary, logits)
 
 
-def head_config(target: PreTrainedModel, num_layers: int) -> PreTrainedConfig:
+def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreTrainedConfig:
     """A copy of the target's config, from which the decoder layer class builds layer 0..num_layers-1 of a head.
 
-    MTP layers are always of the last layer's kind: mixture-of-experts where the base is, and of its attention type.
+    MTP layers are of the kind of the target's last layer (or its last one of the row's `block_layer_type`): mixture-of-experts
+    where that is, and of its attention type; then come the changes that the row makes.
     """
     config = copy.deepcopy(text_config(target))
-    config.num_target_layers = config.num_hidden_layers
+    config.num_target_layers, config.block_origin = config.num_hidden_layers, _block_origin(config, spec, target)
+    per_layer = {key: getattr(config, key)[config.block_origin] for key in PER_LAYER if getattr(config, key, None) is not None}
     config.num_hidden_layers = num_layers
-    for key in ("layer_types", "mlp_layer_types"):
-        if getattr(config, key, None) is not None:
-            setattr(config, key, [getattr(config, key)[-1]] * num_layers)
+    for key, value in {**per_layer, **dict(spec.block_config)}.items():
+        setattr(config, key, [value] * num_layers if isinstance(getattr(config, key, None), list) else value)
     if getattr(config, "first_k_dense_replace", None) is not None:
         config.first_k_dense_replace = 0
     return config
+
+
+def _block_origin(config: PreTrainedConfig, spec: MTPSpec, target: PreTrainedModel) -> int:
+    """The layer of the target that the head's blocks are built like. Raises UnsupportedModelError where there is none."""
+    if spec.block_layer_type is None:
+        return config.num_hidden_layers - 1  # type: ignore[no-any-return]
+    if spec.block_layer_type not in config.layer_types:
+        raise UnsupportedModelError(
+            f"The {spec.family} head of {type(target).__name__} was asked for; its blocks are built like a "
+            f"{spec.block_layer_type} layer, and the target has only {', '.join(sorted(set(config.layer_types)))}. "
+            "Load the checkpoint with its own config, or pass spec=spec.replace(block_layer_type=...)."
+        )
+    return max(i for i, name in enumerate(config.layer_types) if name == spec.block_layer_type)
+
+
+def fresh_norm(norm: nn.Module) -> nn.Module:
+    """A norm like the target's, of its class and with its settings, whose weight is as new."""
+    new = copy.deepcopy(norm)
+    with torch.no_grad():
+        for parameter, start in zip(new.parameters(), type(norm)(len(new.weight)).parameters(), strict=True):  # type: ignore
+            parameter.copy_(start)
+    return new
+
+
+def _restore_dtypes(blocks: list[nn.Module], origin: nn.Module, usual: torch.dtype) -> None:
+    """Parts that the target keeps in another dtype (the correction bias of experts, in float32) have that one in the head too."""
+    others = {name: tensor.dtype for name, tensor in origin.state_dict().items() if tensor.dtype != usual}
+    for block in blocks:
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            tensor.data = tensor.data.to(others.get(name, tensor.dtype))

@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .checkpoint import DRAFT_VOCABULARY, INDEX, SINGLE, Checkpoint, num_head_layers, read_draft_vocabulary, read_head, write_head
+from .checkpoint import (
+    DRAFT_VOCABULARY,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    num_head_layers,
+    read_draft_vocabulary,
+    read_head,
+    write_head,
+)
 from .errors import HeadWeightsError, UnsupportedModelError
 from .families import FAMILIES, known_model_types, spec_for
 from .head import MTPHead
@@ -57,7 +66,8 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
 
 
 def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTPHead:
-    num_layers = num_head_layers(checkpoint.config, spec)
+    spec = spec.located(checkpoint.files)
+    num_layers = num_head_layers(checkpoint, spec)
     if num_layers < 1:
         raise UnsupportedModelError(
             f"The MTP head of {checkpoint.source!r} was asked for; its config has none of {', '.join(spec.num_layers_keys)}, so "

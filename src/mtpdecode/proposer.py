@@ -120,7 +120,7 @@ class MTPProposer(Proposer):
     def absorb(self, text: Text, fresh: Fresh) -> None:
         window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
         for depth in range(self.num_depths):
-            _, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1), hidden, window)
+            _, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1, depth), hidden, window)
         self.cache.commit((fresh.counts - self.num_depths).clamp(min=0))
 
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
@@ -128,25 +128,25 @@ class MTPProposer(Proposer):
         text, fresh, picks = state.text, state.fresh, []
         window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
         for depth in range(self.num_depths):
-            normed, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1), hidden, window)
-            picks.append(self._pick(_last(normed, fresh.counts)[:, 0], text, depth, noise))
+            normed, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1, depth), hidden, window)
+            picks.append(self._pick(self.head.logits(_last(normed, fresh.counts)[:, 0], depth), text, depth, noise))
             text = text.with_draft(picks[-1].tokens, depth)
         absorbed = (fresh.counts - self.lag).clamp(min=0)
         self.cache.commit(absorbed)
-        hidden = _last(hidden, fresh.counts)
+        hidden, last = _last(hidden, fresh.counts), self.num_depths - 1
         for step in range(self.num_depths, num_speculative_tokens):
             window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
-            normed, hidden = self.head(self.num_depths - 1, self.head.embed(picks[-1].tokens), hidden, window)
-            picks.append(self._pick(normed[:, 0], text, step, noise))
+            normed, hidden = self.head(last, self.head.embed(picks[-1].tokens, last), hidden, window)
+            picks.append(self._pick(self.head.logits(normed[:, 0], last), text, step, noise))
             text = text.with_draft(picks[-1].tokens, step)
         return _joined(picks[:num_speculative_tokens], state)
 
-    def _embeds(self, text: Text, slots: Tensor) -> Tensor:
-        return self.call.prompt.embedded(self.head.embed(text.at(slots)), slots)
+    def _embeds(self, text: Text, slots: Tensor, depth: int) -> Tensor:
+        return self.call.prompt.embedded(self.head.embed(text.at(slots), depth), slots)
 
-    def _pick(self, normed: Tensor, text: Text, position: int, noise: Noise) -> Draft:
-        """normed (B, D) -> one token per row, tokens (B, 1), from the head's law after the user's processors."""
-        logits, sampler = self.head.logits(normed), self.call.sampler
+    def _pick(self, logits: Tensor, text: Text, position: int, noise: Noise) -> Draft:
+        """logits (B, V_draft) -> one token per row, tokens (B, 1), from the head's law after the user's processors."""
+        sampler = self.call.sampler
         if sampler.is_plain:
             return Draft(self.head.token_ids(logits.argmax(-1, keepdim=True)), None)
         full = self.head.full_logits(logits.float())

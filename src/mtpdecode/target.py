@@ -53,6 +53,11 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return decoder
 
 
+def final_norm_of(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the output layer."""
+    return decoder_of(model).norm  # type: ignore[no-any-return]
+
+
 def lm_head_of(model: PreTrainedModel) -> Any:
     """The output layer, or None."""
     return model.get_output_embeddings()
@@ -100,7 +105,7 @@ def forward(
 
     The hidden states are taken at the final norm by a hook that lives as long as the call.
     """
-    with _tap(decoder_of(model).norm, hidden) as tapped:
+    with _tap(final_norm_of(model), hidden) as tapped:
         logits = model(
             **inputs,
             **(extra or {}),

@@ -67,7 +67,7 @@ def recorded(decoder, monkeypatch, row):
     """Decode greedily; -> per round, the text that it began with and the head's logits (K, V)."""
     steps, rounds = [], []
     logits = decoder.head.logits
-    monkeypatch.setattr(decoder.head, "logits", lambda normed: steps.append(logits(normed)[0]) or logits(normed))
+    monkeypatch.setattr(decoder.head, "logits", lambda *args: steps.append(logits(*args)[0]) or logits(*args))
     text = list(row)
     for chunk in decoder.stream(tiny.one(row), max_new_tokens=LENGTH, do_sample=False):
         rounds.append((list(text), torch.stack(steps)))

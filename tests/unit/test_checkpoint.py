@@ -122,16 +122,24 @@ def test_files_that_hold_more_layers_than_the_config_promises(tmp_path):
     refused(folder, HeadWeightsError, "surplus: model.layers.3.", "Download the checkpoint again")
 
 
-@pytest.mark.parametrize("number", [None, 0])
-def test_a_config_without_a_head(folder, number):
-    configure(folder, num_nextn_predict_layers=number)
-    parts = (
-        "num_nextn_predict_layers",
-        "Known families: deepseek_v3, glm4_moe",
-        "head='FOLDER/OR/REPOSITORY'",
-        "NGramProposer()",
-    )
-    refused(folder, UnsupportedModelError, *parts)
+NO_HEAD = ("num_nextn_predict_layers", "Known families: ", "glm4_moe", "head='FOLDER/OR/REPOSITORY'", "NGramProposer()")
+
+
+def test_a_config_that_says_no_head(folder):
+    configure(folder, num_nextn_predict_layers=0)
+    refused(folder, UnsupportedModelError, *NO_HEAD)
+
+
+def test_neither_config_nor_tensors_speak_of_a_head(tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "bare", tiny.target("glm4_moe"))
+    configure(folder, num_nextn_predict_layers=None, num_mtp_layers=None)
+    refused(folder, UnsupportedModelError, *NO_HEAD)
+
+
+def test_a_config_that_is_silent_about_a_head_that_is_there(folder):
+    """As MiMo-V2 has it: then the tensors are counted."""
+    configure(folder, num_nextn_predict_layers=None)
+    assert MTPDecoder.from_model(tiny.target("glm4_moe"), head=folder).head.num_layers == 1
 
 
 def test_a_head_of_another_size(tmp_path):

@@ -27,8 +27,8 @@ class Case(NamedTuple):
     build       () -> a seeded tiny target, in eval mode, float32 (`tiny.fill` fills it)
     published   (head, target) -> the head's tensors under their real names, written out by hand, knowing nothing of
                 `mtpdecode.checkpoint`
-    drafts      (target, published tensors, text of n + 1 ids, number of steps) -> logits (steps, V) of the drafts behind the text,
-                computed from nothing and without a cache; each step goes on with its own argmax
+    drafts      (target, published tensors, text of n + 1 ids, number of steps) -> logits (steps, V) of the drafts behind the
+                text, computed from nothing and without a cache; each step goes on with its own argmax
     config      transformers' config.json -> the published one
     num_layers  MTP layers                          crop    whether `CropCache` applies
     skip        why it cannot run on the installed transformers; empty: it can
