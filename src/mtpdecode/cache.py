@@ -114,6 +114,7 @@ class _RaggedLayer(CacheLayerMixin):
     def __init__(self, slots: _Slots) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._slots = slots
+        self.index_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -124,6 +125,18 @@ class _RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
         return self.keys[:, :, : self._slots.num_visible], self.values[:, :, : self._slots.num_visible]
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """An indexer's keys (B, 1, T, Di), by which queries choose what they attend to -> (B, 1, S, Di).
+
+        Slots that nobody wrote, or that are not committed, lie behind the window: models mask them out before they choose.
+        """
+        self.index_keys = self._written(idx_k[:, :, :0] if self.index_keys is None else self.index_keys, idx_k)
+        return self.index_keys[:, :, : self._slots.num_visible]
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """The same without the axis of heads, as models of DeepSeek's kind have it: (B, T, Di) -> (B, S, Di)."""
+        return self.update_index(indexer_key_states[:, None])[:, 0]
 
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""

@@ -17,6 +17,12 @@ ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a ready mask with four axes, which ragged rows need."""
 
 
+DSA = ("deepseek_v32", "glm_moe_dsa")
+INDEXED = {"indexed_attention": DSA, "deepseek_sparse_attention": DSA, "minimax_m3_sparse": ("minimax_m3_vl_text",)}
+"""Layer types that choose the keys they attend to (one has another name in transformers 5.17), and the model types whose choice
+was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
+
+
 class TargetOutput(NamedTuple):
     """logits (B, n, V) of the last n positions of the window; hidden (B, T, D) as the head wants it."""
 
@@ -72,8 +78,10 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     names = getattr(config, "layer_types", None) or [
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
-    unknown = {name for name in names if name not in ("full_attention", "sliding_attention")}
-    unknown |= {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    indexed = [config.model_type in INDEXED.get(name, ()) for name in names]
+    others = [(name, type(layer)) for name, layer, known in zip(names, layers, indexed, strict=True) if not known]
+    unknown = {name for name, _ in others if name not in ("full_attention", "sliding_attention")}
+    unknown |= {kind.__name__ for _, kind in others if kind not in (DynamicLayer, DynamicSlidingWindowLayer)}
     if unknown:
         raise UnsupportedModelError(
             f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and only "
