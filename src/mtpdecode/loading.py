@@ -113,11 +113,21 @@ def save_head(head: MTPHead, folder: str | os.PathLike[str]) -> None:
     config = {
         "model_type": head.config.model_type,
         "num_hidden_layers": head.num_target_layers,
-        head.spec.num_layers_keys[0]: head.num_layers,
         "hidden_size": head.config.hidden_size,
         "num_speculative_tokens": head.num_speculative_tokens,
     }
+    _count(config, head)
     write_head(Path(folder), head.spec, head.num_target_layers, head_tensors(head), config)
+
+
+def _count(config: dict[str, Any], head: MTPHead) -> None:
+    """Let a config say how many layers a head has, in every field where its family looks."""
+    for key in head.spec.num_layers_keys:
+        *path, last = key.split(".")
+        inner = config
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = head.num_layers
 
 
 def save_together(target: PreTrainedModel, head: MTPHead, folder: str | os.PathLike[str]) -> None:
@@ -137,7 +147,7 @@ def save_together(target: PreTrainedModel, head: MTPHead, folder: str | os.PathL
         os.replace(Path(scratch) / "head" / SINGLE, whole / HEAD_FILE)
         _index(whole)
         config = json.loads((whole / "config.json").read_text())
-        config |= dict.fromkeys(head.spec.num_layers_keys, head.num_layers)
+        _count(config, head)
         config["num_speculative_tokens"] = head.num_speculative_tokens
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _swap(whole, folder)
