@@ -14,6 +14,18 @@ MIMO_NAMES = (
     ("input_proj", "proj"),
     ("final_layernorm", "norm_out"),
 )
+QWEN_NAMES = (
+    ("pre_fc_norm_embedding", "norm_embed"),
+    ("pre_fc_norm_hidden", "norm_hidden"),
+    ("fc", "proj"),
+    ("norm", "norm_out"),
+    ("layers.{i}", "block"),
+)
+STEP_NAMES = (
+    *DEEPSEEK_NAMES[:3],
+    ("transformer.shared_head.norm", "norm_out"),
+    ("transformer.shared_head.output", "lm_head"),
+)
 SHARED_COPIES = ("embed_tokens.weight", "shared_head.head.weight")
 
 FAMILIES: tuple[MTPSpec, ...] = (
@@ -48,6 +60,77 @@ FAMILIES: tuple[MTPSpec, ...] = (
         examples=("XiaomiMiMo/MiMo-7B-Base", "XiaomiMiMo/MiMo-7B-RL"),
         verified="greedy parity; head logits against transformers' MtpModel with hidden states first",
         source="vLLM feeds the state before the final norm; SGLang and FastMTP after it: spec.replace(hidden='post_norm')",
+    ),
+    MTPSpec(
+        family="glm4_moe_lite",
+        model_types=("glm4_moe_lite",),
+        prefix="model.layers.{n}.",
+        names=DEEPSEEK_NAMES,
+        ignored=SHARED_COPIES,
+        examples=("zai-org/GLM-4.7-Flash",),
+        verified="greedy parity; head logits against transformers' MtpModel",
+        source="as glm4_moe, around latent attention; vLLM recycles the raw state: spec.replace(recycle='raw')",
+    ),
+    MTPSpec(
+        family="glm_ocr",
+        model_types=("glm_ocr", "glm_ocr_text"),
+        prefix="model.language_model.layers.{n}.",
+        other_prefixes=("model.layers.{n}.",),
+        names=DEEPSEEK_NAMES,
+        ignored=SHARED_COPIES,
+        examples=("zai-org/GLM-OCR",),
+        verified="greedy parity on text; head logits against transformers' MtpModel",
+        source="vLLM recycles the raw state, we the normed one as for all GLM heads: spec.replace(recycle='raw')",
+    ),
+    MTPSpec(
+        family="ernie4_5_moe",
+        model_types=("ernie4_5_moe",),
+        prefix="model.mtp_",
+        names=(
+            ("emb_norm.{i}", "norm_embed"),
+            ("hidden_norm.{i}", "norm_hidden"),
+            ("linear_proj.{i}", "proj"),
+            ("block.{i}", "block"),
+        ),
+        block_config=(("moe_layer_end_index", -1),),  # no layer is a mixture: the block is dense
+        proj_bias="use_bias",
+        norm_out="target",
+        recycle="raw",
+        examples=("baidu/ERNIE-4.5-21B-A3B-PT", "baidu/ERNIE-4.5-300B-A47B-PT"),
+        verified="greedy parity; head logits against a twin in plain torch",
+        source="the base's final norm and rotation, found best in a public comparison of eight readings; vLLM takes no norm "
+        "(spec.replace(norm_out='none')) and both engines zero the first embedding: spec.replace(zero_first_embedding=True)",
+    ),
+    MTPSpec(
+        family="hy_v3",
+        model_types=("hy_v3",),
+        prefix="model.layers.{n}.",
+        names=(*DEEPSEEK_NAMES[:3], ("final_layernorm", "norm_out")),
+        renames=(
+            ("mlp.router.gate", "mlp.gate"),
+            ("mlp.expert_bias", "mlp.e_score_correction_bias"),
+            ("mlp.shared_mlp", "mlp.shared_experts"),
+        ),
+        ignored=SHARED_COPIES,
+        examples=("tencent/Hy3-preview",),
+        verified="greedy parity; head logits against transformers' MtpModel",
+        source="vLLM and SGLang agree; both zero the first embedding: spec.replace(zero_first_embedding=True)",
+    ),
+    MTPSpec(
+        family="step3p7",
+        model_types=("step3p7", "step3p5"),
+        prefix="model.layers.{n}.",
+        names=STEP_NAMES,
+        ignored=("embed_tokens.weight",),
+        block_layer_type="sliding_attention",
+        block_config=(("mlp_layer_types", "dense"), ("swiglu_limits", None), ("swiglu_limits_shared", None)),
+        hidden="pre_norm",
+        recycle="raw",
+        lm_head="own",
+        beyond="cycle",
+        examples=("stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.7-Flash"),
+        verified="greedy parity; head logits against a twin in plain torch",
+        source="vLLM: state before the final norm, an output layer a depth, step k takes layer k mod D; transformers takes the base's",
     ),
     MTPSpec(
         family="llama",
