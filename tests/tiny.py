@@ -111,13 +111,20 @@ def build_head(model, spec, num_layers=1, **kwargs):
     with torch.no_grad():
         for layer in head.layers:
             layer.proj.weight.copy_(torch.cat([parts[part] for part in order], dim=1))
-            layer.block.load_state_dict(model.model.layers[-1].state_dict())
+            layer.block.load_state_dict(_last_of_each(model, layer.block))
             layer.norm_out.load_state_dict(model.model.norm.state_dict())
             for own in layer.parameters():
                 own += 0.05 * torch.randn(own.shape, generator=generator) * own.abs().mean()
             for norm in (layer.norm_embed, layer.norm_hidden):
                 norm.weight += 0.2 * torch.randn(SIZE, generator=generator)
     return head
+
+
+def _last_of_each(model, block):
+    """The target's own tensors for a block: those of its last layer, or of the last layer that has one of the name and shape."""
+    shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
+    layers = [layer.state_dict() for layer in model.get_decoder().layers]
+    return {name: each[name] for each in layers for name in each if each[name].shape == shapes.get(name)}
 
 
 def head(name, num_layers=1):
