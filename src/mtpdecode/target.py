@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -16,11 +17,18 @@ from .state import Window
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a ready mask with four axes, which ragged rows need."""
 
+FINAL_NORMS = ("norm", "norm_f")
+"""What models call the norm before their output layer."""
+
 
 DSA = ("deepseek_v32", "glm_moe_dsa")
 INDEXED = {"indexed_attention": DSA, "deepseek_sparse_attention": DSA, "minimax_m3_sparse": ("minimax_m3_vl_text",)}
 """Layer types that choose the keys they attend to (one has another name in transformers 5.17), and the model types whose choice
 was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
+
+
+SHARING = ("gemma4_text", "gemma4_unified_text")
+"""Model types whose last layers read the keys and values of earlier ones and are known to be exact."""
 
 
 class TargetOutput(NamedTuple):
@@ -36,7 +44,7 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The module with `layers`, `norm` and `rotary_emb`. Raises UnsupportedModelError where there is none."""
+    """The module with `layers` and a final norm. Raises UnsupportedModelError where there is none."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"A transformers model was to be decoded; found {type(model).__name__}. "
@@ -47,9 +55,9 @@ def decoder_of(model: PreTrainedModel) -> Any:
             f"{type(model).__name__} is an encoder-decoder model; mtpdecode decodes causal language models. "
             "Call model.generate() without it."
         )
-    decoder = model.get_decoder()
+    decoder = model.get_decoder().get_decoder()  # what a wrapper calls its decoder may be a whole language model
     parts = dict(decoder.named_children())
-    missing = [name for name in ("layers", "norm", "rotary_emb") if name not in parts]
+    missing = [name for name, present in (("layers", "layers" in parts), ("norm", _final_norm(parts))) if not present]
     if missing or lm_head_of(model) is None:
         lacking = ", ".join(missing) or "lm_head"
         raise UnsupportedModelError(
@@ -61,7 +69,18 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 def final_norm_of(model: PreTrainedModel) -> nn.Module:
     """The norm between the last layer and the output layer."""
-    return decoder_of(model).norm  # type: ignore[no-any-return]
+    norm = _final_norm(dict(decoder_of(model).named_children()))
+    assert norm is not None
+    return norm
+
+
+def _final_norm(parts: dict[str, nn.Module]) -> nn.Module | None:
+    return next((parts[name] for name in FINAL_NORMS if name in parts), None)
+
+
+def rotary_of(model: PreTrainedModel) -> nn.Module | None:
+    """What turns positions into rotary embeddings; None in models that know no positions."""
+    return dict(decoder_of(model).named_children()).get("rotary_emb")
 
 
 def lm_head_of(model: PreTrainedModel) -> Any:
@@ -74,8 +93,10 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
 
     Raises UnsupportedModelError that names the types which are not known to be safe.
     """
-    layers = DynamicCache(config=config).layers
-    names = getattr(config, "layer_types", None) or [
+    _check_causal(config, class_name)
+    num_own = num_own_layers(config, class_name)
+    layers = DynamicCache(config=config).layers[:num_own]
+    names = (getattr(config, "layer_types", None) or [])[:num_own] or [
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
     indexed = [config.model_type in INDEXED.get(name, ()) for name in names]
@@ -88,6 +109,25 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
             "full_attention and sliding_attention are known to be exact. Call model.generate() without mtpdecode."
         )
     return {name: getattr(layer, "sliding_window", None) for name, layer in zip(names, layers, strict=True)}
+
+
+def num_own_layers(config: PreTrainedConfig, class_name: str) -> int:
+    """How many layers have keys and values of their own; those behind them read the ones of the last such layer of their type."""
+    num_shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if num_shared and config.model_type not in SHARING:
+        raise UnsupportedModelError(
+            f"{class_name} was to be decoded speculatively; its last {num_shared} layers read the keys of others, which is known to "
+            f"be exact for {', '.join(SHARING)} only. Call model.generate() without mtpdecode."
+        )
+    return int(config.num_hidden_layers) - num_shared
+
+
+def _check_causal(config: PreTrainedConfig, class_name: str) -> None:
+    if getattr(config, "use_bidirectional_attention", None) in ("all", True):
+        raise UnsupportedModelError(
+            f"{class_name} was to be decoded speculatively; its tokens see those behind them (use_bidirectional_attention="
+            f"{config.use_bidirectional_attention!r}), so its keys are never final. Call model.generate() without mtpdecode."
+        )
 
 
 def check_attention(config: PreTrainedConfig, class_name: str) -> str:
@@ -113,6 +153,8 @@ def forward(
 
     The hidden states are taken at the final norm by a hook that lives as long as the call.
     """
+    num_tokens = window.positions.shape[1]
+    kept = torch.arange(num_tokens - num_logits, num_tokens, device=window.positions.device)
     with _tap(final_norm_of(model), hidden) as tapped:
         logits = model(
             **inputs,
@@ -121,7 +163,7 @@ def forward(
             position_ids=window.positions,
             past_key_values=window.cache,
             use_cache=True,
-            logits_to_keep=num_logits,
+            logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too
         ).logits
     return TargetOutput(logits, tapped[-1])
 
