@@ -24,12 +24,23 @@ from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, decode
 from .metrics import Metrics
 from .proposer import Call, DraftSampling, MTPProposer, NoDraft, Proposer
-from .request import OURS, Request, check_inputs, check_keywords, check_prepared, check_seam, left_padded, request_from, seeds_for
+from .request import (
+    OURS,
+    Request,
+    check_inputs,
+    check_keywords,
+    check_prepared,
+    check_seam,
+    left_padded,
+    request_from,
+    seeds_for,
+    without_text_types,
+)
 from .sampling import Sampler
 from .schedule import DraftSchedule, schedule_for
 from .spec import MTPSpec
 from .state import Noise, Purpose
-from .target import check_attention, decoder_of, evaluating, layer_windows, text_config, training_modules
+from .target import check_attention, decoder_of, evaluating, layer_plans, layer_windows, text_config, training_modules
 from .verifier import Verifier
 
 CacheFactory = Callable[[CacheLayout, int, int, torch.device], KVCacheManager]
@@ -190,6 +201,7 @@ class MTPDecoder:
                     "generate() was given a prompt twice, first by position and then as input_ids=. Pass one of them."
                 )
             kwargs["input_ids"] = inputs
+        kwargs = without_text_types(kwargs)
         check_keywords(self.target, kwargs)
         check_inputs(self.target, kwargs)
         options = self.options.replaced({name: kwargs.pop(name) for name in OURS if name in kwargs})
@@ -238,10 +250,9 @@ class MTPDecoder:
         model_kwargs: dict[str, Any],
     ) -> Request:
         check_prepared(config, self.target.generation_config)
-        check_seam(model_kwargs)
+        check_seam(self.target, model_kwargs)
         widest = max(options.schedule.choices) + 1
-        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-        return request_from(input_ids, mask, embeds, processors, criteria, config, streamer, overhang=2 * widest)
+        return request_from(self.target, input_ids, model_kwargs, processors, criteria, config, streamer, overhang=2 * widest)
 
     def _collect(self, request: Request, options: Options) -> Tensor | MTPOutput:
         rows: list[list[int]] = [[] for _ in range(request.input_ids.shape[0])]
@@ -285,7 +296,7 @@ class MTPDecoder:
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, MTPProposer):
             self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
-            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_layers))
+            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_depths(deepest)))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
         call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose)
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
@@ -297,7 +308,9 @@ class MTPDecoder:
         """What a cache of the target, or of the head, must know: each call anew, for set_attn_implementation may come between."""
         config = head.config if head else text_config(self.target)
         name = "The MTP head" if head else type(self.target).__name__
-        return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype)
+        blocks = [layer.block for layer in head.layers] if head else decoder_of(self.target).layers
+        plans = layer_plans(config, blocks, name)
+        return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype, plans)
 
     def _new_cache(self, request: Request, layout: CacheLayout, num_layers: int) -> KVCacheManager:
         lengths = request.prompt.lengths

@@ -87,6 +87,7 @@ def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_si
     nothing = torch.zeros_like(text.lengths)
     states = torch.zeros(len(nothing), keep, hidden_size, dtype=roles.verifier.target.dtype, device=nothing.device)
     fresh = Fresh(states, nothing)
+    chunk_size = max(remaining, 1) if prompt.is_whole else chunk_size
     for start in range(0, remaining, chunk_size):
         size = min(chunk_size, remaining - start)
         counts = (prompt.lengths - 1 - start).clamp(0, size)

@@ -16,9 +16,11 @@ from transformers.generation.streamers import BaseStreamer
 from .errors import GenerationError
 from .state import Prompt, Text
 from .stopping import Stopping
-from .target import text_config
+from .target import embedded, forward_keywords, has_per_layer_inputs, per_layer_inputs, placeholders, prompt_keywords, text_config
 
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
+PER_TOKEN = ("input_ids", "inputs_embeds", "mm_token_type_ids", "per_layer_inputs")
+"""Inputs with an entry (B, P, ...) for every token of the prompt."""
 PREPARED = (*INPUTS, "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """What transformers hands to a custom_generate by itself."""
 
@@ -88,13 +90,22 @@ class Request(NamedTuple):
 def check_keywords(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
     """Raise GenerationError for an unknown keyword, naming the nearest known one, and for options that are not ours."""
     signature = inspect.signature(GenerationMixin.generate).parameters
-    known = {*signature, *_config_fields(), *INPUTS, *OURS, *NOT_OURS, "tokenizer"} - {"self", "kwargs"}
+    known = {*signature, *_config_fields(), *INPUTS, *OURS, *NOT_OURS, *prompt_keywords(model), "tokenizer"} - {"self", "kwargs"}
     for name in given:
         if name not in known:
+            _refuse_unread(model, name, given[name])
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"Did you mean {nearest[0]!r}?" if nearest else "It takes what model.generate takes."
             raise GenerationError(f"generate() got an unknown keyword {name!r}. {hint}")
     check_options(given)
+
+
+def _refuse_unread(model: PreTrainedModel, name: str, value: Any) -> None:
+    if name in forward_keywords(model) | {"mm_encoder_outputs"}:
+        raise GenerationError(
+            f"{name}={type(value).__name__} was given; how {type(model).__name__} reads it is not known to be exact here. "
+            "Leave it out, or call model.generate() without mtpdecode."
+        )
 
 
 def _config_fields() -> dict[str, Any]:
@@ -120,7 +131,7 @@ def check_prepared(config: GenerationConfig, own: GenerationConfig) -> None:
     check_options(options)
 
 
-def check_seam(model_kwargs: Mapping[str, Any]) -> None:
+def check_seam(model: PreTrainedModel, model_kwargs: Mapping[str, Any]) -> None:
     """Raise GenerationError for what a user passed to `model.generate(..., custom_generate=decoder)` and we would not look at."""
     cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
     if cache is not None and int(cache.get_seq_length()):
@@ -129,9 +140,15 @@ def check_seam(model_kwargs: Mapping[str, Any]) -> None:
         seen = torch.ones_like(positions) if mask is None else mask.long()
         if bool(((seen.cumsum(-1) - 1 != positions) & seen.bool()).any()):
             check_options({"position_ids": positions})
-    for name in set(model_kwargs) - set(PREPARED):
-        if model_kwargs[name] is not None:
+    for name in set(model_kwargs) - set(PREPARED) - prompt_keywords(model):
+        if not _is_nothing(model_kwargs[name]):
+            _refuse_unread(model, name, model_kwargs[name])
             raise GenerationError(f"generate() got {name!r}, which mtpdecode does not hand to the model. Leave it out.")
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a model would do the same without: transformers hands {} to models that could have been given images."""
+    return value is None or (isinstance(value, Mapping) and not value)
 
 
 def check_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
@@ -197,9 +214,9 @@ def _check_length(model: PreTrainedModel, length: int) -> None:
 
 
 def request_from(
+    model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    inputs_embeds: Tensor | None,
+    model_kwargs: Mapping[str, Any],
     processors: Sequence[LogitsProcessor],
     criteria: Sequence[StoppingCriteria],
     config: GenerationConfig,
@@ -207,6 +224,7 @@ def request_from(
     overhang: int,
 ) -> Request:
     """Put what transformers prepared in our terms. overhang: slots of text to have past the longest row."""
+    inputs_embeds, attention_mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     shown = input_ids if inputs_embeds is None else inputs_embeds
     mask = (
         torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device)
@@ -214,7 +232,8 @@ def request_from(
         else attention_mask.bool().long()
     )
     _check_mask(mask, shown.shape[:2])  # transformers makes one itself where a prompt without a mask holds the padding token
-    prompt = _left_aligned(input_ids, mask, inputs_embeds)
+    prompt = _left_aligned(model, input_ids, mask, model_kwargs)
+    _check_last(model, prompt)
     budget = min([config.max_length, *(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))]) - input_ids.shape[1]
     room = prompt.tokens.new_zeros(prompt.tokens.shape[0], budget + overhang)
     hidden = inputs_embeds is not None and input_ids.shape[1] == 0
@@ -234,16 +253,49 @@ def request_from(
     )
 
 
-def _left_aligned(input_ids: Tensor, mask: Tensor, embeds: Tensor | None) -> Prompt:
+def _left_aligned(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model_kwargs: Mapping[str, Any]) -> Prompt:
     """
     ids  . . a b    mask 0 0 1 1          a b . .      lengths 2
          c d e f         1 1 1 1    ->    c d e f              4
     """
     order = (1 - mask).argsort(dim=-1, stable=True)
     tokens = (input_ids.long() * mask).gather(1, order) if input_ids.shape[1] else torch.zeros_like(order)
-    if embeds is None:
-        return Prompt(tokens, mask.sum(-1))
-    return Prompt(tokens, mask.sum(-1), embeds.gather(1, order[..., None].expand_as(embeds)))
+    given = {name: model_kwargs[name] for name in prompt_keywords(model) if not _is_nothing(model_kwargs.get(name))}
+    types = _reordered(given["mm_token_type_ids"] * mask, order) if "mm_token_type_ids" in given else None
+    media = {name: value for name, value in given.items() if name not in PER_TOKEN}
+    prompt = Prompt(tokens, mask.sum(-1), types=types, media=media)
+    if model_kwargs.get("inputs_embeds") is None:
+        return prompt
+    prompt = prompt._replace(embeds=_reordered(model_kwargs["inputs_embeds"], order))
+    if "per_layer_inputs" in given:
+        return prompt._replace(per_layer=_reordered(given["per_layer_inputs"], order))
+    return prompt._replace(per_layer=_looked_up(model, prompt)) if has_per_layer_inputs(model) else prompt
+
+
+def _looked_up(model: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """(B, P, L, d), found by the prompt's embeddings as the model itself does it; padding counts as token 0."""
+    slots = torch.arange(prompt.tokens.shape[1], device=prompt.tokens.device).expand_as(prompt.tokens)
+    shown = prompt.inputs(embedded(model, torch.zeros_like(prompt.tokens)), slots)["inputs_embeds"]
+    try:
+        return per_layer_inputs(model, shown)
+    except RuntimeError as error:
+        raise GenerationError(
+            f"inputs_embeds was given; {type(model).__name__} has an embedding per layer, looked up by token, and some of these "
+            "embeddings are no token's. Pass per_layer_inputs= besides, or input_ids with pixel_values and the like."
+        ) from error
+
+
+def _check_last(model: PreTrainedModel, prompt: Prompt) -> None:
+    """Raise GenerationError for a prompt that ends in an image: the last token is read on its own, with what is drafted."""
+    last = prompt.lengths[:, None] - 1
+    ends = torch.isin(prompt.tokens.gather(1, last), torch.tensor(placeholders(model), device=last.device))
+    if prompt.types is not None:
+        ends |= prompt.types.gather(1, last) != 0
+    if bool(ends.any()):
+        raise GenerationError(
+            f"Row {int(ends[:, 0].int().argmax())} of the prompt ends in an image, a video or a sound; it must end in text. "
+            "Let the tokenizer's chat template close it, or append a token."
+        )
 
 
 def _eos_ids(criteria: Sequence[StoppingCriteria], device: torch.device) -> Tensor:
@@ -261,13 +313,21 @@ def left_padded(kwargs: dict[str, Any]) -> dict[str, Any]:
     if mask is None or bool(mask[:, -1].all()):
         return dict(kwargs)
     order = mask.long().argsort(dim=-1, stable=True)
-    moved = {"attention_mask": mask.gather(1, order)}
-    if kwargs.get("input_ids") is not None:
-        moved["input_ids"] = kwargs["input_ids"].gather(1, order)
-    if kwargs.get("inputs_embeds") is not None:
-        embeds = kwargs["inputs_embeds"]
-        moved["inputs_embeds"] = embeds.gather(1, order[..., None].expand_as(embeds))
-    return kwargs | moved
+    given = [name for name in ("attention_mask", *PER_TOKEN) if kwargs.get(name) is not None]
+    return kwargs | {name: _reordered(kwargs[name], order) for name in given}
+
+
+def _reordered(given: Tensor, order: Tensor) -> Tensor:
+    """given (B, P, ...), in every row in the order (B, P)."""
+    return given[torch.arange(len(order), device=given.device)[:, None], order.to(given.device)]
+
+
+def without_text_types(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same call without an mm_token_type_ids that says of every token that it is text, as processors give it."""
+    types = kwargs.get("mm_token_type_ids")
+    if isinstance(types, Tensor) and not bool(types.any()):
+        return {name: value for name, value in kwargs.items() if name != "mm_token_type_ids"}
+    return kwargs
 
 
 def seeds_for(seed: int | Sequence[int] | None, like: Tensor) -> Tensor:

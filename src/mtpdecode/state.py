@@ -6,7 +6,9 @@ S text slots, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,12 +41,13 @@ class Window(NamedTuple):
     """Where the next T tokens of every row go.
 
     positions  (B, T) int64, the rotary positions
-    mask       (B, 1, T, slots): bool for sdpa, additive for eager attention; or one of them per layer type
+    mask       (B, 1, T, slots): bool for sdpa, additive for eager attention; or one of them per layer type, None for types that
+               have no keys
     cache      the transformers Cache to hand to the model
     """
 
     positions: Tensor
-    mask: Tensor | dict[str, Tensor]
+    mask: Tensor | dict[str, Tensor | None]
     cache: Cache
 
 
@@ -131,20 +134,39 @@ class DecodeState(NamedTuple):
 class Prompt(NamedTuple):
     """What is decoded from, left-aligned whatever the padding was.
 
-    tokens   (B, P) int64       lengths  (B,) int64
-    embeds   (B, P, D) or None: given instead of tokens, as multimodal models do; then tokens are placeholders
+    tokens     (B, P) int64       lengths  (B,) int64
+    embeds     (B, P, D) or None: given instead of tokens, as multimodal models do; then tokens are placeholders
+    per_layer  (B, P, L, d) or None: what goes with embeds in models that look up an embedding for each layer
+    types      (B, P) int64 or None: 0 for text, 1 for tokens of an image, 2 of a video, 3 of a sound
+    media      what else the model's forward reads with the prompt, by its own keywords: pixel_values and the like
     """
 
     tokens: Tensor
     lengths: Tensor
     embeds: Tensor | None = None
+    per_layer: Tensor | None = None
+    types: Tensor | None = None
+    media: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it must be read in one forward pass: tokens of one image may see each other."""
+        return bool(self.media) or self.types is not None
 
     def embedded(self, embeds: Tensor, slots: Tensor) -> Tensor:
         """embeds (B, T, D) of the tokens at slots (B, T), with the prompt's own embeddings where it came with some."""
-        if self.embeds is None:
-            return embeds
-        inside = slots.clamp(max=self.embeds.shape[1] - 1)[..., None].expand_as(embeds)
-        return torch.where((slots < self.lengths[:, None])[..., None], self.embeds.gather(1, inside), embeds)
+        return embeds if self.embeds is None else self._inserted(self.embeds, embeds, slots)
+
+    def inputs(self, inputs: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:
+        """The same for everything that a model makes of tokens before its first layer: inputs_embeds and per_layer_inputs."""
+        given = {"inputs_embeds": self.embeds, "per_layer_inputs": self.per_layer}
+        return {name: own if given[name] is None else self._inserted(given[name], own, slots) for name, own in inputs.items()}
+
+    def _inserted(self, given: Tensor, own: Tensor, slots: Tensor) -> Tensor:
+        """own (B, T, ...) with given (B, P, ...) where slots (B, T) are the prompt's."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        inside = (slots < self.lengths[:, None]).view(*slots.shape, *[1] * (own.dim() - 2))
+        return torch.where(inside, given[rows, slots.clamp(max=given.shape[1] - 1)], own)
 
 
 class Purpose:

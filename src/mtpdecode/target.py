@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from .errors import UnsupportedModelError
+from .recurrent import KINDS, LayerPlan, kind_of, listening
 from .state import Window
 
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a ready mask with four axes, which ragged rows need."""
 
-FINAL_NORMS = ("norm", "norm_f")
-"""What models call the norm before their output layer."""
+NO_MIXER = ("moe", "mlp")
+"""Layer types that look at no other token."""
+
+MIXERS = ("hc_head", "hyper_connection_mixer")
+"""What models with several residual streams call the module that makes one state of them."""
+
+FINAL_NORMS = ("norm", "norm_f", "hyper_connection_mixer")
+"""What models call the norm before their output layer; in Qwen4-exp the mixer, which norms inside, comes last."""
 
 
 DSA = ("deepseek_v32", "glm_moe_dsa")
@@ -27,12 +40,21 @@ INDEXED = {"indexed_attention": DSA, "deepseek_sparse_attention": DSA, "minimax_
 was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
 
 
+MEDIA = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
+"""Config field that names the token which holds the place of an image and the like -> its number in `mm_token_type_ids`."""
+
+MULTIMODAL = ("gemma4", "gemma4_unified")
+"""Model types whose images are known to be read exactly: they change embeddings and masks, and no positions."""
+
 SHARING = ("gemma4_text", "gemma4_unified_text")
 """Model types whose last layers read the keys and values of earlier ones and are known to be exact."""
 
 
+Hidden = Literal["post_norm", "pre_norm", "streams"]
+
+
 class TargetOutput(NamedTuple):
-    """logits (B, n, V) of the last n positions of the window; hidden (B, T, D) as the head wants it."""
+    """logits (B, n, V) of the last n positions of the window; hidden (B, T, D) as the head wants it, streams one behind the other."""
 
     logits: Tensor
     hidden: Tensor
@@ -68,7 +90,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 def final_norm_of(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last layer and the output layer."""
+    """The module between the last layer and the output layer: a norm."""
     norm = _final_norm(dict(decoder_of(model).named_children()))
     assert norm is not None
     return norm
@@ -76,6 +98,12 @@ def final_norm_of(model: PreTrainedModel) -> nn.Module:
 
 def _final_norm(parts: dict[str, nn.Module]) -> nn.Module | None:
     return next((parts[name] for name in FINAL_NORMS if name in parts), None)
+
+
+def mixer_of(model: PreTrainedModel) -> nn.Module | None:
+    """What makes one state of several residual streams; None in models that have but one."""
+    parts = dict(decoder_of(model).named_children())
+    return next((parts[name] for name in MIXERS if name in parts), None)
 
 
 def rotary_of(model: PreTrainedModel) -> nn.Module | None:
@@ -100,7 +128,9 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
     indexed = [config.model_type in INDEXED.get(name, ()) for name in names]
-    others = [(name, type(layer)) for name, layer, known in zip(names, layers, indexed, strict=True) if not known]
+    planned = [name in NO_MIXER or isinstance(layer, LinearAttentionCacheLayerMixin) for name, layer in zip(names, layers, strict=True)]
+    known = [one or other for one, other in zip(indexed, planned, strict=True)]
+    others = [(name, type(layer)) for name, layer, is_known in zip(names, layers, known, strict=True) if not is_known]
     unknown = {name for name, _ in others if name not in ("full_attention", "sliding_attention")}
     unknown |= {kind.__name__ for _, kind in others if kind not in (DynamicLayer, DynamicSlidingWindowLayer)}
     if unknown:
@@ -108,7 +138,36 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
             f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and only "
             "full_attention and sliding_attention are known to be exact. Call model.generate() without mtpdecode."
         )
-    return {name: getattr(layer, "sliding_window", None) for name, layer in zip(names, layers, strict=True)}
+    seeing = [(name, layer) for name, layer in zip(names, layers, strict=True) if isinstance(layer, CacheLayerMixin)]
+    return {name: getattr(layer, "sliding_window", None) for name, layer in seeing}
+
+
+def layer_plans(config: PreTrainedConfig, blocks: Sequence[nn.Module], class_name: str) -> tuple[LayerPlan, ...]:
+    """What a cache must hold for each layer; empty where all of them have keys and values and nothing else.
+
+    Raises UnsupportedModelError that names the recurrent mixers which are not known to be exact.
+    """
+    layers, names = DynamicCache(config=config).layers, getattr(config, "layer_types", None) or []
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers) and not set(names) & set(NO_MIXER):
+        return ()
+    return tuple(
+        _recurrent_plan(name, layer, block, class_name)
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and name not in NO_MIXER
+        else LayerPlan(name, keys=isinstance(layer, CacheLayerMixin))
+        for name, layer, block in zip(names, layers, blocks, strict=True)
+    )
+
+
+def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.Module, class_name: str) -> LayerPlan:
+    known = [module for module in block.modules() if kind_of(module)]
+    if not known:
+        found = ", ".join(sorted({type(child).__name__ for child in block.children()}))
+        raise UnsupportedModelError(
+            f"{class_name} was to be decoded speculatively; its {name} layers are recurrent and made of {found}, none of which is "
+            f"known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. Call model.generate() without mtpdecode."
+        )
+    mixer = next((module for module in known if (kind := kind_of(module)) and kind.inputs), None)
+    return LayerPlan(name, isinstance(layer, CacheLayerMixin), layer.number_of_states, mixer)
 
 
 def num_own_layers(config: PreTrainedConfig, class_name: str) -> int:
@@ -116,8 +175,8 @@ def num_own_layers(config: PreTrainedConfig, class_name: str) -> int:
     num_shared = getattr(config, "num_kv_shared_layers", None) or 0
     if num_shared and config.model_type not in SHARING:
         raise UnsupportedModelError(
-            f"{class_name} was to be decoded speculatively; its last {num_shared} layers read the keys of others, which is known to "
-            f"be exact for {', '.join(SHARING)} only. Call model.generate() without mtpdecode."
+            f"{class_name} was to be decoded speculatively; its last {num_shared} layers read the keys of others, which "
+            f"is known to be exact for {', '.join(SHARING)} only. Call model.generate() without mtpdecode."
         )
     return int(config.num_hidden_layers) - num_shared
 
@@ -128,6 +187,68 @@ def _check_causal(config: PreTrainedConfig, class_name: str) -> None:
             f"{class_name} was to be decoded speculatively; its tokens see those behind them (use_bidirectional_attention="
             f"{config.use_bidirectional_attention!r}), so its keys are never final. Call model.generate() without mtpdecode."
         )
+
+
+def prompt_keywords(model: PreTrainedModel) -> set[str]:
+    """What a prompt may hold for the model besides tokens: keywords of its forward that are known to be read exactly."""
+    known = {"per_layer_inputs"} if model.config.model_type in SHARING else set()
+    if model.config.model_type in MULTIMODAL:
+        known |= {"pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids", "num_frames_per_video"}
+        known |= {"input_features", "input_features_mask", "mm_token_type_ids", "mm_encoder_outputs", "per_layer_inputs"}
+    return known & forward_keywords(model)
+
+
+def forward_keywords(model: PreTrainedModel) -> set[str]:
+    """Every keyword of the model's forward."""
+    return set(signature(type(model).forward).parameters)
+
+
+def placeholders(model: PreTrainedModel) -> list[int]:
+    """The tokens that hold the place of an image, a video or a sound, in models that read these exactly."""
+    ids = [getattr(model.config, name, None) for name in MEDIA] if model.config.model_type in MULTIMODAL else []
+    return [token for token in ids if token is not None]
+
+
+def embedded(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """tokens (B, T) -> what the model's forward takes instead: inputs_embeds (B, T, D), and per_layer_inputs (B, T, L, d) where
+    every layer has an embedding of its own."""
+    for token in placeholders(model):  # as the model itself reads one that it wrote
+        tokens = tokens.masked_fill(tokens == token, text_config(model).pad_token_id)
+    inputs = {"inputs_embeds": model.get_input_embeddings()(tokens)}
+    if has_per_layer_inputs(model):
+        inputs["per_layer_inputs"] = decoder_of(model).get_per_layer_inputs(tokens, None)
+    return inputs
+
+
+def per_layer_inputs(model: PreTrainedModel, embeds: Tensor) -> Tensor:
+    """embeds (B, T, D) of tokens -> (B, T, L, d), looked up by token. Raises RuntimeError where one of them is no token's."""
+    return decoder_of(model).get_per_layer_inputs(None, embeds)  # type: ignore[no-any-return]
+
+
+def has_per_layer_inputs(model: PreTrainedModel) -> bool:
+    """Whether every layer has an embedding of its own, which is looked up by token."""
+    return "per_layer_inputs" in prompt_keywords(model) and bool(text_config(model).hidden_size_per_layer_input)
+
+
+def with_images(window: Window, types: Tensor, config: PreTrainedConfig) -> Window:
+    """A window from slot 0 on in whose sliding layers the tokens of one image see each other, where the model wants it so.
+
+        types  0 1 1 0        slots  1 0 0 0
+                                     1 1 1 0      the image's first token sees its second
+                                     1 1 1 0
+                                     1 1 1 1
+
+    types  (B, T) int64: 1 for tokens of an image, 2 of a video, else 0
+    """
+    if getattr(config, "use_bidirectional_attention", None) != "vision" or not isinstance(window.mask, dict):
+        return window
+    image, sliding = (types == 1) | (types == 2), window.mask["sliding_attention"]
+    begins = image & ~torch.nn.functional.pad(image, (1, -1))
+    number = begins.cumsum(-1)
+    joined = (number[:, :, None] == number[:, None, :]) & image[:, :, None] & image[:, None, :]
+    behind = torch.nn.functional.pad(joined.triu(), (0, sliding.shape[-1] - joined.shape[-1]))[:, None]
+    shown = sliding | behind if sliding.dtype == torch.bool else sliding.masked_fill(behind, 0.0)
+    return window._replace(mask=window.mask | {"sliding_attention": shown})
 
 
 def check_attention(config: PreTrainedConfig, class_name: str) -> str:
@@ -146,8 +267,8 @@ def forward(
     inputs: dict[str, Tensor],
     window: Window,
     num_logits: int,
-    hidden: Literal["post_norm", "pre_norm"],
-    extra: dict[str, Any] | None = None,
+    hidden: Hidden,
+    extra: Mapping[str, Any] | None = None,
 ) -> TargetOutput:
     """One forward pass over a window. inputs: {"input_ids": (B, T)} or {"inputs_embeds": (B, T, D)}.
 
@@ -155,7 +276,9 @@ def forward(
     """
     num_tokens = window.positions.shape[1]
     kept = torch.arange(num_tokens - num_logits, num_tokens, device=window.positions.device)
-    with _tap(final_norm_of(model), hidden) as tapped:
+    tapped_module = mixer_of(model) if hidden == "streams" else final_norm_of(model)
+    assert tapped_module is not None  # no head that is fed streams can be built for a target without them
+    with _tap(tapped_module, hidden) as tapped, listening(window.cache):
         logits = model(
             **inputs,
             **(extra or {}),
@@ -186,13 +309,13 @@ def evaluating(training: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _tap(norm: nn.Module, hidden: Literal["post_norm", "pre_norm"]) -> Iterator[list[Tensor]]:
+def _tap(module: nn.Module, hidden: Hidden) -> Iterator[list[Tensor]]:
     tapped: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        tapped.append(output if hidden == "post_norm" else args[0])
+        tapped.append(output if hidden == "post_norm" else args[0].flatten(2))  # streams one behind the other
 
-    handle = norm.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep)
     try:
         yield tapped
     finally:

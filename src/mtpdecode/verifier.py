@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from .cache import KVCacheManager
 from .sampling import Sampler
 from .state import DecodeState, Draft, Prompt
-from .target import forward
+from .target import embedded, forward, text_config, with_images
 
 
 class Verifier:
@@ -31,9 +32,13 @@ class Verifier:
         self.target, self.cache, self.sampler, self.hidden, self.prompt = target, cache, sampler, hidden, prompt
 
     def read(self, start: int, num_tokens: int, counts: Tensor) -> Tensor:
-        """Prefill: the prompt's tokens from slot `start` on; keeps counts (B,) of them. -> hidden (B, num_tokens, D)."""
-        tokens = self.prompt.tokens[:, start : start + num_tokens]
-        hidden = self._forward(tokens, num_logits=1)[1]
+        """Prefill: the prompt's tokens from slot `start` on; keeps counts (B,) of them. -> hidden (B, num_tokens, D).
+
+        Images and the like go with the prompt's first tokens, which are then all of them (`Prompt.is_whole`).
+        """
+        tokens, types = self.prompt.tokens[:, start : start + num_tokens], self.prompt.types
+        types = types[:, :num_tokens] if types is not None else None
+        hidden = self._forward(tokens, num_logits=1, types=types, media=self.prompt.media)[1]
         self.cache.commit(counts)
         return hidden
 
@@ -48,10 +53,13 @@ class Verifier:
         logits, hidden = self._forward(tokens, num_logits=tokens.shape[1])
         return self.sampler.scores(logits, text.with_draft(draft.tokens)), hidden
 
-    def _forward(self, tokens: Tensor, num_logits: int) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, tokens: Tensor, num_logits: int, types: Tensor | None = None, media: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
         window = self.cache.window(tokens.shape[1])
+        if types is not None:
+            window = with_images(window, types, text_config(self.target))
         inputs = {"input_ids": tokens}
         if self.prompt.embeds is not None:
-            embeds = self.target.get_input_embeddings()(tokens)
-            inputs = {"inputs_embeds": self.prompt.embedded(embeds, window.positions)}
-        return forward(self.target, inputs, window, num_logits, self.hidden)
+            inputs = self.prompt.inputs(embedded(self.target, tokens), window.positions)
+        return forward(self.target, inputs, window, num_logits, self.hidden, media)
