@@ -26,6 +26,7 @@ from transformers import (
 
 from mtpdecode import MTPDecoder, MTPHead
 from mtpdecode.families import FAMILIES
+from mtpdecode.target import decoder_of, final_norm_of
 
 PAD, BOS, EOS, VOCAB, SIZE, WINDOW = 0, 1, 2, 48, 32, 8
 
@@ -110,21 +111,38 @@ def build_head(model, spec, num_layers=1, **kwargs):
     order = ("embed", "hidden") if spec.combine == "embed_hidden" else ("hidden", "embed")
     with torch.no_grad():
         for layer in head.layers:
-            layer.proj.weight.copy_(torch.cat([parts[part] for part in order], dim=1))
-            layer.block.load_state_dict(_last_of_each(model, layer.block))
-            layer.norm_out.load_state_dict(model.model.norm.state_dict())
+            if spec.combine == "sum":
+                layer.proj_embed.weight.copy_(parts["embed"])
+                layer.proj_hidden.weight.copy_(parts["hidden"])
+            else:
+                layer.proj.weight.copy_(torch.cat([parts[part] for part in order], dim=1))
+            for block in getattr(layer.block, "layers", [layer.block]):  # a block may be a row of the target's layers
+                block.load_state_dict(_last_of_each(model, block))
+            if spec.norm_out == "own":
+                layer.norm_out.load_state_dict(final_norm_of(model).state_dict())
+            if spec.proj_bias and spec.combine != "sum" and layer.proj.bias is not None:
+                layer.proj.bias.copy_(0.1 * torch.randn(SIZE, generator=generator))
+            if spec.lm_head == "own":
+                layer.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
             for own in layer.parameters():
                 own += 0.05 * torch.randn(own.shape, generator=generator) * own.abs().mean()
             for norm in (layer.norm_embed, layer.norm_hidden):
-                norm.weight += 0.2 * torch.randn(SIZE, generator=generator)
+                norm.weight += 0.2 * torch.randn(norm.weight.shape, generator=generator)
     return head
 
 
 def _last_of_each(model, block):
     """The target's own tensors for a block: those of its last layer, or of the last layer that has one of the name and shape."""
     shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
-    layers = [layer.state_dict() for layer in model.get_decoder().layers]
+    layers = [layer.state_dict() for layer in decoder_of(model).layers]
+    layers.append({f"final_layernorm.{name}": tensor for name, tensor in final_norm_of(model).state_dict().items()})
+    layers += [{_single(name): tensor for name, tensor in layer.items()} for layer in layers]
     return {name: each[name] for each in layers for name in each if each[name].shape == shapes.get(name)}
+
+
+def _single(name):
+    """What a layer with two of everything calls its first ones, in the words of a layer with one."""
+    return name.replace(".0.", ".").replace("mlps.", "mlp.")
 
 
 def head(name, num_layers=1):

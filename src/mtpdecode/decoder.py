@@ -277,9 +277,8 @@ class MTPDecoder:
         roles, noise = self._roles(request, options), Noise(seeds_for(options.seed, request.prompt.lengths))
         self.verifier, self.cache, self.metrics = roles.verifier, roles.verifier.cache, Metrics(request.prompt.lengths.shape[0])
         chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK
-        rounds = decode(
-            request.prompt, request.text, roles, noise, self.metrics, chunk_size, text_config(self.target).hidden_size
-        )
+        width = self.head.width if self.head else text_config(self.target).hidden_size
+        rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width)
         training = training_modules(self.target, *([self.head] if self.head else []))
         while True:
             with torch.no_grad(), evaluating(training):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, rotary_angles, stream_norms, sublayer_kinds
 from .errors import UnsupportedModelError
 from .spec import MTPSpec
 from .state import Window
-from .target import decoder_of, final_norm_of, lm_head_of, text_config
+from .target import decoder_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
 
-PER_LAYER = ("layer_types", "mlp_layer_types")
+PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
 """Config fields with one entry a layer."""
 
 
@@ -25,7 +26,7 @@ class Shared(NamedTuple):
 
     embedding: nn.Module
     lm_head: Any
-    rotary: nn.Module
+    rotary: nn.Module | None
     norm: nn.Module
 
 
@@ -34,12 +35,21 @@ class MTPLayer(nn.Module):
 
     def __init__(self, target: PreTrainedModel, spec: MTPSpec, config: PreTrainedConfig, index: int) -> None:
         super().__init__()
-        norm, size, self.spec = final_norm_of(target), config.hidden_size, spec
-        self.norm_embed, self.norm_hidden = fresh_norm(norm), fresh_norm(norm)
-        self.proj = nn.Linear(2 * size, size, bias=spec.proj_bias)
-        self.block = decoder_of(target).layers[config.block_origin].__class__(config, index)
+        norm, size, self.spec = example_norm_of(target), config.hidden_size, spec
+        self.num_streams = num_streams(spec, config)
+        norms = (fresh_norm(norm), fresh_norm(norm)) if spec.streams is None else stream_norms(fresh_norm(norm), spec, config)
+        self.norm_embed, self.norm_hidden = norms
+        has_bias = getattr(config, spec.proj_bias) if isinstance(spec.proj_bias, str) else spec.proj_bias
+        if spec.combine == "sum":
+            self.proj_embed, self.proj_hidden = (nn.Linear(size, size, bias=has_bias) for _ in range(2))
+        else:
+            self.proj = nn.Linear(2 * size, size, bias=has_bias)
+        self.block = _new_block(target, spec, config, index)
         self._layer_type = (getattr(config, "layer_types", None) or [""])[0]
-        self._rotary_by_type = "layer_type" in signature(decoder_of(target).rotary_emb.forward).parameters
+        rotary = rotary_of(target)
+        self._rotary_by_type = rotary is not None and "layer_type" in signature(rotary.forward).parameters
+        if spec.streams is not None:
+            self.mixer = own_mixer(mixer_of(target), spec)
         if spec.norm_out == "own":
             self.norm_out = fresh_norm(norm)
         if spec.lm_head == "own":
@@ -48,28 +58,55 @@ class MTPLayer(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, size)
 
     def forward(self, embeds: Tensor, hidden: Tensor, window: Window, shared: Shared) -> tuple[Tensor, Tensor]:
-        """embeds, hidden (B, T, D) -> (what the output layer reads, what the next draft step is fed), (B, T, D) each."""
+        """embeds, hidden (B, T, D) -> (what the output layer reads, what the next draft step is fed), (B, T, D) each.
+
+        With several residual streams, hidden and what the next draft step is fed are (B, T, streams * D).
+        """
         if self.spec.zero_first_embedding:
             embeds = embeds.masked_fill((window.positions == 0)[..., None], 0.0)
-        pair = [self.norm_embed(embeds), self.norm_hidden(hidden)]
-        x = self.proj(torch.cat(pair if self.spec.combine == "embed_hidden" else pair[::-1], dim=-1))
+        x = self._fused(embeds, hidden)
         raw = self.block(
-            x,
+            self._apart(x),
             attention_mask=window.mask,
             position_ids=window.positions,
             past_key_values=window.cache,
             use_cache=True,
-            position_embeddings=self._rotated(x, window.positions, shared.rotary),
+            position_embeddings=self._rotated(x, window, shared.rotary),
         )
-        raw = raw[0] if isinstance(raw, tuple) else raw  # some layers return what they looked at as well
+        raw = (raw[0] if isinstance(raw, tuple) else raw).flatten(2)  # some layers return what they looked at as well
         normed = self._normed(raw, shared)
         return normed, normed if self.spec.recycle == "normed" else raw
 
-    def _rotated(self, x: Tensor, positions: Tensor, rotary: nn.Module) -> Any:
-        """The rotary angles, of the block's own layer type where the target's types differ in them."""
-        return rotary(x, positions, self._layer_type) if self._rotary_by_type else rotary(x, positions)
+    def _fused(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        """embeds (B, T, D), hidden (B, T, D) -> (B, T, D); or of every stream, one behind the other."""
+        if self.spec.combine == "sum":
+            embeds, streams = self.proj_embed(self.norm_embed(embeds)), self._normed_streams(hidden)
+            return (self.proj_hidden(streams) + embeds[..., None, :]).flatten(2)
+        pair = [self.norm_embed(embeds), self.norm_hidden(hidden)]
+        return self.proj(torch.cat(pair if self.spec.combine == "embed_hidden" else pair[::-1], dim=-1))  # type: ignore[no-any-return]
+
+    def _normed_streams(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, streams * D) -> (B, T, streams, D)"""
+        apart = (self.num_streams, -1)
+        if self.spec.stream_norm == "each":
+            return self.norm_hidden(hidden.unflatten(-1, apart))  # type: ignore[no-any-return]
+        return self.norm_hidden(hidden).unflatten(-1, apart)  # type: ignore[no-any-return]
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """x (B, T, streams * D), with an axis for streams if the target's modules want one."""
+        return x.unflatten(-1, (self.num_streams, -1)) if self.spec.stream_axis else x
+
+    def _rotated(self, x: Tensor, window: Window, rotary: nn.Module | None) -> Any:
+        """The rotary angles, of the block's own layer type where the target's types differ in them; None without positions."""
+        if rotary is None:
+            return None
+        if self.spec.angles != "window":
+            return rotary_angles(rotary, self.spec, x, window)
+        return rotary(x, window.positions, self._layer_type) if self._rotary_by_type else rotary(x, window.positions)
 
     def _normed(self, raw: Tensor, shared: Shared) -> Tensor:
+        if self.spec.streams is not None:
+            raw = self.mixer(self._apart(raw))
         if self.spec.norm_out == "none":
             return raw
         return self.norm_out(raw) if self.spec.norm_out == "own" else shared.norm(raw)  # type: ignore[no-any-return]
@@ -95,7 +132,7 @@ class MTPHead(nn.Module):
         self.spec, self.config = spec, head_config(target, spec, num_layers)
         self.num_speculative_tokens = num_layers
         embedding, lm_head = target.get_input_embeddings(), lm_head_of(target)
-        self._shared = [Shared(embedding, lm_head, decoder.rotary_emb, final_norm_of(target))]  # in a list: not a submodule
+        self._shared = [Shared(embedding, lm_head, rotary_of(target), final_norm_of(target))]  # in a list: not a submodule
         self.layers = nn.ModuleList([MTPLayer(target, spec, self.config, index) for index in range(num_layers)])
         self._share_parts()
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
@@ -107,8 +144,25 @@ class MTPHead(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """How many depths the head has; a deeper draft reuses the last one."""
+        """How many layers the head has."""
         return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """How many features the hidden states have that the head is fed: D, or those of all residual streams."""
+        return int(self.config.hidden_size) * num_streams(self.spec, self.config)
+
+    def num_depths(self, num_speculative_tokens: int) -> int:
+        """How long a chain drafts so many tokens; what the chain lacks is drafted with its last layer."""
+        longest = num_speculative_tokens if self.spec.beyond == "cycle" else self.spec.used_layers or self.num_layers
+        return min(longest, num_speculative_tokens)
+
+    @property
+    def indexers(self) -> list[nn.Module]:
+        """What chooses keys at the first draft step for the later ones as well; none where every step chooses its own."""
+        said = getattr(self.config, "index_share_for_mtp_iteration", False) and self.spec.index_choice == "config"
+        kept = said or self.spec.index_choice == "first_step"
+        return [layer.block.get_submodule("self_attn.indexer") for layer in self.layers] if kept else []  # type: ignore
 
     @property
     def num_target_layers(self) -> int:
@@ -162,18 +216,54 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
     config = copy.deepcopy(text_config(target))
     config.num_target_layers, config.block_origin = config.num_hidden_layers, _block_origin(config, spec, target)
     per_layer = {key: getattr(config, key)[config.block_origin] for key in PER_LAYER if getattr(config, key, None) is not None}
+    origin, overridden = config.per_layer_config[config.block_origin], config.per_layer_attributes or ()
     config.num_hidden_layers = num_layers
     for key, value in {**per_layer, **dict(spec.block_config)}.items():
         setattr(config, key, [value] * num_layers if isinstance(getattr(config, key, None), list) else value)
+    if spec.sublayers is not None:
+        config.layer_types = sublayer_kinds(config, spec, num_layers)
+    if spec.depth_types is not None:
+        config.layer_types = list(getattr(config, spec.depth_types, None) or config.layer_types)[:num_layers]
+    if overridden:  # transformers builds these layers from overrides by number: here all depths have the origin's
+        config.per_layer_config = {depth: {name: getattr(origin, name) for name in overridden} for depth in range(num_layers)}
     if getattr(config, "first_k_dense_replace", None) is not None:
         config.first_k_dense_replace = 0
+    if spec.depth_windows is not None:
+        _set_window(config, spec)
     return config
+
+
+def _set_window(config: PreTrainedConfig, spec: MTPSpec) -> None:
+    """The sliding window that a config gives the head. Raises UnsupportedModelError where depths have different ones."""
+    windows = {window for window in getattr(config, str(spec.depth_windows), None) or () if window}
+    if len(windows) > 1:
+        raise UnsupportedModelError(
+            f"The {spec.family} head was asked for; its config has {spec.depth_windows}={sorted(windows)}, and mtpdecode knows heads "
+            "with one sliding window only. To speculate without a head, pass proposer=NGramProposer()."
+        )
+    for window in windows:
+        config.sliding_window = window
+
+
+def _new_block(target: PreTrainedModel, spec: MTPSpec, config: PreTrainedConfig, index: int) -> nn.Module:
+    origin, norm = decoder_of(target).layers[config.block_origin], final_norm_of(target)
+    if spec.sublayers is not None:
+        return SubLayers(type(origin), config, fresh_norm(norm))
+    if spec.block == "half_layer":
+        return HalfLayer(origin, config, index, (fresh_norm(norm), fresh_norm(norm)))
+    block: nn.Module = type(origin)(config, index)
+    if spec.block == "plain_layer":
+        block = PlainLayer(block)
+    for path, value in spec.block_attributes:
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, value)
+    return block
 
 
 def _block_origin(config: PreTrainedConfig, spec: MTPSpec, target: PreTrainedModel) -> int:
     """The layer of the target that the head's blocks are built like. Raises UnsupportedModelError where there is none."""
     if spec.block_layer_type is None:
-        return config.num_hidden_layers - 1  # type: ignore[no-any-return]
+        return len(decoder_of(target).layers) - 1
     if spec.block_layer_type not in config.layer_types:
         raise UnsupportedModelError(
             f"The {spec.family} head of {type(target).__name__} was asked for; its blocks are built like a "

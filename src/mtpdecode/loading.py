@@ -10,7 +10,16 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import __version__ as version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint import (
@@ -29,6 +38,8 @@ from .head import MTPHead
 from .spec import MTPSpec
 from .target import decoder_of, text_config
 
+OTHER_DRAFTERS = ("EAGLE", "DFlash", "DSpark", "Medusa")
+"""Drafters that engines know besides native heads, by a word that stands in their configs."""
 TARGET_FILE, HEAD_FILE = "model-target.safetensors", "model-mtp.safetensors"
 
 
@@ -36,11 +47,46 @@ def load_target(path_or_repo: str | os.PathLike[str], **kwargs: Any) -> PreTrain
     """The target alone. A base that transformers lacks but that equals one it has (MiMo-7B is Qwen2) is loaded as that one."""
     source = os.fspath(path_or_repo)
     raw = Checkpoint(source).config
-    rows = [row for row in FAMILIES if raw.get("model_type") in row.model_types and row.base_model_type]
-    if rows and raw["model_type"] not in CONFIG_MAPPING and not kwargs.get("trust_remote_code"):
-        settings = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
-        kwargs["config"] = AutoConfig.for_model(str(rows[0].base_model_type), **settings)
-    return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    if not kwargs.get("trust_remote_code") and (config := _as_another(raw)):
+        kwargs["config"] = config
+    known = kwargs["config"].model_type if "config" in kwargs else raw.get("model_type")
+    if known not in CONFIG_MAPPING and not kwargs.get("trust_remote_code"):
+        raise UnsupportedModelError(_unknown_base(source, raw))
+    return _auto_class(known).from_pretrained(source, **kwargs)  # type: ignore[no-any-return]
+
+
+def _as_another(raw: dict[str, Any]) -> PreTrainedConfig | None:
+    """The config of the model that a checkpoint's base equals, where transformers has no class for its own."""
+    model_type = raw.get("model_type")
+    row = next((row for row in FAMILIES if model_type in row.model_types and row.base_model_type), None)
+    if row is None or model_type == row.base_model_type:
+        return None
+    settings = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+    if row.text_alone:
+        settings = {"text_config": settings, "vision_config": dict(row.text_alone)}
+    elif model_type in CONFIG_MAPPING:
+        return None
+    return AutoConfig.for_model(str(row.base_model_type), **settings)
+
+
+def _auto_class(model_type: str | None) -> Any:
+    """What loads a model: as a text model where transformers can, else with all that it reads besides."""
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+    is_wrapped = config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING and config_class not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if is_wrapped else AutoModelForCausalLM
+
+
+def _unknown_base(source: str, raw: dict[str, Any]) -> str:
+    """What to say of a model that transformers does not know."""
+    model_type = raw.get("model_type")
+    told = f"{source!r} was asked for; its config says model_type={model_type!r}, and transformers {version} has no such model. "
+    head = "mtpdecode knows its MTP head; " if model_type in known_model_types() else ""
+    if "auto_map" in raw:
+        return f"{told}{head}pass trust_remote_code=True to run the target with the code that comes with the checkpoint."
+    return (
+        f"{told}{head}no code comes with the checkpoint either. Install a transformers that has {model_type!r}, or load the target "
+        "yourself and pass it to MTPDecoder.from_model(model, head='FOLDER/OR/REPOSITORY')."
+    )
 
 
 def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] | None, spec: MTPSpec | None) -> MTPHead:
@@ -51,9 +97,9 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
     decoder_of(target)
     if isinstance(source, MTPHead):
         return _checked(source, target)
-    config, name = text_config(target), type(target).__name__
+    model_type, name = _listed_type(target), type(target).__name__
     if spec is None:
-        spec_for(config.model_type, name)  # an unknown model is named before its files are looked for
+        spec_for(model_type, name)  # an unknown model is named before its files are looked for
     place = os.fspath(source) if source is not None else target.name_or_path
     if not place:
         raise UnsupportedModelError(
@@ -62,7 +108,28 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
             "to speculate without a head, proposer=NGramProposer()."
         )
     checkpoint = Checkpoint(place)
-    return _read(target, checkpoint, spec or spec_for(config.model_type, name, checkpoint.files))
+    _refuse_drafter(checkpoint)
+    return _read(target, checkpoint, spec or spec_for(model_type, name, checkpoint.files))
+
+
+def _listed_type(target: PreTrainedModel) -> str:
+    """The model type under which the table has a target: its own, or that of the part which writes text."""
+    own, inner = str(target.config.model_type), str(text_config(target).model_type)
+    return own if own in known_model_types() else inner
+
+
+def _refuse_drafter(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError where a checkpoint holds a drafter of another kind than a native MTP head."""
+    config = checkpoint.config
+    told = [config.get("model_type"), config.get("speculators_model_type"), *(config.get("architectures") or ())]
+    told += [key for key in config if key.startswith("dspark_")]  # DeepSeek-V4.1 has DSpark stages where V4 has MTP layers
+    found = next((name for name in OTHER_DRAFTERS if any(name.lower() in str(each).lower() for each in told)), None)
+    if found:
+        raise UnsupportedModelError(
+            f"The MTP head of {checkpoint.source!r} was asked for; it holds a {found} drafter, which is trained apart and drafts in "
+            "another way: mtpdecode decodes with native MTP heads only. Give the checkpoint that has one: "
+            "from_model(model, head='ORIGINAL/REPOSITORY'); to speculate without a head, pass proposer=NGramProposer()."
+        )
 
 
 def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTPHead:

@@ -7,12 +7,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .cache import KVCacheManager
 from .errors import GenerationError
 from .head import MTPHead
+from .indexer import chosen, narrowed, recorded
 from .sampling import Sampler, race
-from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text
+from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Window
 
 DraftSampling = Literal["sample", "greedy"]
 
@@ -105,7 +107,7 @@ class MTPProposer(Proposer):
 
     With several layers, depth d sees the token d + 1 places ahead and the output of depth d - 1. Its last d rows rest on drafted
     tokens, so that many rows (`lag`) are handed in again next round instead of being committed. A draft that is longer than the
-    head is deep reuses the last layer.
+    head is deep reuses the last layer, or where the family says so goes through all layers again, as a chain of so many depths.
     """
 
     def __init__(self, head: MTPHead) -> None:
@@ -114,32 +116,48 @@ class MTPProposer(Proposer):
     def begin(self, call: Call, cache: KVCacheManager | None) -> None:
         assert cache is not None
         self.call, self.cache = call, cache
-        self.num_depths = min(self.head.num_layers, call.max_length)
+        self.num_depths = self.head.num_depths(call.max_length)
         self.lag = self.num_depths - 1
 
     def absorb(self, text: Text, fresh: Fresh) -> None:
         window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
         for depth in range(self.num_depths):
-            _, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1, depth), hidden, window)
+            _, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
         self.cache.commit((fresh.counts - self.num_depths).clamp(min=0))
 
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
         """The absorbing pass gives a token per depth; the rest are single steps of the last depth past the end."""
         text, fresh, picks = state.text, state.fresh, []
         window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
-        for depth in range(self.num_depths):
-            normed, hidden = self.head(depth, self._embeds(text, window.positions + depth + 1, depth), hidden, window)
-            picks.append(self._pick(self.head.logits(_last(normed, fresh.counts)[:, 0], depth), text, depth, noise))
-            text = text.with_draft(picks[-1].tokens, depth)
+        with recorded(self.head.indexers) as choices:
+            for depth in range(self.num_depths):
+                normed, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
+                logits = self.head.logits(_last(normed, fresh.counts)[:, 0], depth % self.head.num_layers)
+                picks.append(self._pick(logits, text, depth, noise))
+                text = text.with_draft(picks[-1].tokens, depth)
+        kept = chosen(choices[-1], window, fresh.counts) if choices else None
         absorbed = (fresh.counts - self.lag).clamp(min=0)
         self.cache.commit(absorbed)
         hidden, last = _last(hidden, fresh.counts), self.num_depths - 1
         for step in range(self.num_depths, num_speculative_tokens):
             window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
+            window = window if kept is None else narrowed(window, kept)
             normed, hidden = self.head(last, self.head.embed(picks[-1].tokens, last), hidden, window)
             picks.append(self._pick(self.head.logits(normed[:, 0], last), text, step, noise))
             text = text.with_draft(picks[-1].tokens, step)
         return _joined(picks[:num_speculative_tokens], state)
+
+    def _fed(self, hidden: Tensor, fresh: Fresh) -> Tensor:
+        """What a depth is fed: the output of the one before, or in families that do not chain what the first one is fed."""
+        return hidden if self.head.spec.deeper == "chained" else fresh.states
+
+    def _chained(self, depth: int, text: Text, hidden: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """One depth over a window, whose rows see the token depth + 1 places ahead. Every turn of the chain has its own keys."""
+        turn, layer = divmod(depth, self.head.num_layers)
+        first, slots = turn * self.head.num_layers, window.positions + depth + 1
+        if turn:
+            window = window._replace(cache=Cache(layers=window.cache.layers[first : first + self.head.num_layers]))
+        return self.head(layer, self._embeds(text, slots, layer), hidden, window)  # type: ignore[no-any-return]
 
     def _embeds(self, text: Text, slots: Tensor, depth: int) -> Tensor:
         return self.call.prompt.embedded(self.head.embed(text.at(slots), depth), slots)
