@@ -87,7 +87,10 @@ def num_head_layers(checkpoint: Checkpoint, spec: MTPSpec) -> int:
     config = checkpoint.config
     sources = (config, config.get("text_config") or {})
     said = (_looked_up(source, key) for source in sources for key in spec.num_layers_keys)
-    return next((int(number) for number in said if number is not None), len(spec.places("proj", checkpoint.files)))
+    entry = "block" if "{i}" in spec.pattern("block") else spec.entry
+    shown = len(spec.places(entry, checkpoint.files)) or int(not spec.num_layers_keys)  # counted nowhere: there is one at least
+    number = next((int(number) for number in said if number is not None), shown)
+    return max(shown, 1) if number and spec.counted_by == "tensors" else number
 
 
 def _looked_up(config: Mapping[str, Any], path: str) -> Any:
@@ -168,7 +171,7 @@ def _their_name(ours: str, spec: MTPSpec, num_target_layers: int) -> str:
     if part == "block":
         for theirs, fragment in spec.renames:
             rest = _renamed(rest, fragment, theirs)
-    return spec.pattern(part).format(i=int(layer), n=num_target_layers + int(layer)) + rest
+    return spec.tensor_pattern(part, rest).format(i=int(layer), n=num_target_layers + int(layer))
 
 
 def _renamed(name: str, old: str, new: str) -> str:
@@ -233,8 +236,8 @@ def _check_names(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, 
     present -= {prefix + name for prefix in (*prefixes, next_prefix) for name in spec.ignored}
     if not present:
         raise HeadWeightsError(
-            f"The {spec.family} head of {checkpoint.source!r} was asked for, and its config promises one; the files hold none of "
-            f"its tensors ({', '.join(sorted(p + '*' for p in prefixes))}): fine-tuning, merging or quantising often drops them. "
+            f"The {spec.family} head of {checkpoint.source!r} was asked for; the files hold none of its tensors "
+            f"({', '.join(sorted(p + '*' for p in prefixes))}): fine-tuning, merging or quantising often drops them. "
             "Take the head from the original checkpoint: MTPDecoder.from_model(model, head='ORIGINAL/REPOSITORY')."
         )
     problems = _listed("missing", needed - present) + _listed("surplus", present - needed)
