@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .errors import CacheError
+from .recurrent import LayerPlan, RecurrentLayer
 from .state import Window
 
 BUCKET = 64
@@ -49,19 +50,25 @@ class KVCacheManager(ABC):
 
 
 class CacheLayout:
-    """What a manager must know of a model: its layer types, their windows and its attention implementation."""
+    """What a manager must know of a model: its layer types, their windows and its attention implementation.
 
-    def __init__(self, windows: Mapping[str, int | None], attention: str, dtype: torch.dtype) -> None:
-        self.windows, self.attention, self.dtype = dict(windows), attention, dtype
+    plans  what each layer holds; none: keys and values in every layer
+    """
 
-    def mask(self, positions: Tensor, num_slots: int) -> Tensor | dict[str, Tensor]:
+    def __init__(
+        self, windows: Mapping[str, int | None], attention: str, dtype: torch.dtype, plans: Sequence[LayerPlan] = ()
+    ) -> None:
+        self.windows, self.attention, self.dtype, self.plans = dict(windows), attention, dtype, tuple(plans)
+
+    def mask(self, positions: Tensor, num_slots: int) -> Tensor | dict[str, Tensor | None]:
         """positions (B, T) -> (B, 1, T, num_slots): a slot is seen from its own position on, while the window reaches it.
 
         positions 2 3     slots 0 1 2 3        full 1 1 1 0     sliding 2  0 1 1 0
                                                     1 1 1 1                0 0 1 1
         """
-        masks = {name: self._mask(positions, num_slots, window) for name, window in self.windows.items()}
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        masks: dict[str, Tensor | None] = {plan.layer_type: None for plan in self.plans if not plan.keys}
+        masks |= {name: self._mask(positions, num_slots, window) for name, window in self.windows.items()}
+        return masks if len(masks) > 1 else next(mask for mask in masks.values() if mask is not None)
 
     def _mask(self, positions: Tensor, num_slots: int, window: int | None) -> Tensor:
         distance = positions[:, None, :, None] - torch.arange(num_slots, device=positions.device)
@@ -82,16 +89,22 @@ class RaggedCache(KVCacheManager):
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.num_slots = 0
         self._slots = _Slots(num_rows, device)
-        self._cache = Cache(layers=[_RaggedLayer(self._slots) for _ in range(num_layers)])
+        plans = layout.plans or (LayerPlan("full_attention"),)
+        self._cache = Cache(layers=[_layer_for(plans[i % len(plans)], self._slots) for i in range(num_layers)])
+        self._recurrent = [layer for layer in self._cache.layers if isinstance(layer, RecurrentLayer)]
 
     def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
         start = self.lengths if offset is None else self.lengths + offset
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         self._slots.written, self._slots.num_visible = positions, self.num_slots
+        for layer in self._recurrent:
+            layer.open(num_tokens, offset)
         return Window(positions, self.layout.mask(positions, self.num_slots), self._cache)
 
     def commit(self, counts: Tensor) -> None:
         self.lengths = self.lengths + counts
+        for layer in self._recurrent:
+            layer.commit(counts)
 
     def reserve(self, num_slots: int) -> None:
         self.num_slots = max(self.num_slots, -(-num_slots // BUCKET) * BUCKET)
@@ -163,15 +176,54 @@ class _RaggedLayer(CacheLayerMixin):
         return -1
 
 
+class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):
+    """Keys and values, and states besides: attention with short convolutions around it."""
+
+    def __init__(self, slots: _Slots, plan: LayerPlan) -> None:
+        _RaggedLayer.__init__(self, slots)
+        RecurrentLayer.__init__(self, plan)
+
+
+def _layer_for(plan: LayerPlan, slots: _Slots) -> Any:
+    if not plan.keys:
+        return RecurrentLayer(plan)
+    return _RaggedRecurrentLayer(slots, plan) if plan.num_states else _RaggedLayer(slots)
+
+
+class _CroppedLayer(DynamicLayer):
+    """transformers' growing layer, with an indexer's keys (B, 1, S, Di) beside keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index_keys: Tensor | None = None
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        self.index_keys = idx_k if self.index_keys is None else torch.cat([self.index_keys, idx_k], dim=2)
+        return self.index_keys
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        return self.update_index(indexer_key_states[:, None])[:, 0]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.index_keys is not None and tokens_to_remove:
+            self.index_keys = self.index_keys[:, :, :tokens_to_remove]
+
+
 class CropCache(KVCacheManager):
     """The slow, obvious twin of `RaggedCache`: transformers' growing cache, cropped back before every window. One row."""
 
     def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
         if num_rows != 1:
             raise CacheError(f"CropCache was asked to hold {num_rows} rows; it holds 1. Use RaggedCache for batches.")
+        recurrent = sorted({plan.layer_type for plan in layout.plans if plan.num_states})
+        if recurrent:
+            raise CacheError(
+                f"CropCache was asked to hold layers of type {', '.join(recurrent)}; a state cannot be cropped. Use RaggedCache."
+            )
         self.layout = layout
         self.lengths = torch.zeros(1, dtype=torch.long, device=device)
-        self._cache = DynamicCache()
+        self._cache = Cache(layers=[_CroppedLayer() for _ in range(num_layers)])
         self._num_written = 0
 
     def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:

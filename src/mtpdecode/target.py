@@ -34,7 +34,7 @@ FINAL_NORMS = ("norm", "norm_f", "hyper_connection_mixer")
 """What models call the norm before their output layer; in Qwen4-exp the mixer, which norms inside, comes last."""
 
 
-DSA = ("deepseek_v32", "glm_moe_dsa")
+DSA = ("deepseek_v32", "glm_moe_dsa", "hy_v4")
 INDEXED = {"indexed_attention": DSA, "deepseek_sparse_attention": DSA, "minimax_m3_sparse": ("minimax_m3_vl_text",)}
 """Layer types that choose the keys they attend to (one has another name in transformers 5.17), and the model types whose choice
 was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
@@ -94,6 +94,12 @@ def final_norm_of(model: PreTrainedModel) -> nn.Module:
     norm = _final_norm(dict(decoder_of(model).named_children()))
     assert norm is not None
     return norm
+
+
+def example_norm_of(model: PreTrainedModel) -> nn.Module:
+    """A norm as the model has them: the final one, or the mixer's own where a mixer comes last."""
+    final = final_norm_of(model)
+    return dict(final.named_children()).get("hc_norm", final)
 
 
 def _final_norm(parts: dict[str, nn.Module]) -> nn.Module | None:

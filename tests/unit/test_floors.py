@@ -8,8 +8,8 @@ import pytest
 import mtpdecode
 
 FLOORS = (
-    "errors spec state metrics parity",  # 0  ground: data, tables, arithmetic on their own
-    "sampling stopping families checkpoint target schedule",  # 1  arithmetic and tables that raise our errors
+    "errors spec state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
+    "sampling stopping families checkpoint target blocks indexer schedule",  # 1  arithmetic and tables that raise our errors
     "acceptance cache head request",  # 2  the parts
     "proposer verifier loading laws",  # 3  the roles, and what fills them
     "loop tables",  # 4  the loop
