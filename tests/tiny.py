@@ -162,8 +162,8 @@ def decoder(name, num_speculative_tokens=2, num_layers=1, **kwargs):
     )
 
 
-def fill(model, seed=0):
-    """The model, with random weights of a lively kind: see the head of this file."""
+def fill(model, seed=0, stray=1.2):
+    """The model, with random weights of a lively kind: see the head of this file. stray: how far layers lead off the circle."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(parameter, scale):
@@ -178,8 +178,8 @@ def fill(model, seed=0):
             elif tensor.dim() == 1:
                 tensor.copy_(normal(tensor, 0.2) + ("norm" in name))
             else:
-                stray = 1.2 if ("o_proj" in name or "down_proj" in name) else 1.0
-                tensor.copy_(normal(tensor, stray * tensor.shape[-1] ** -0.5))
+                far = stray if ("o_proj" in name or "down_proj" in name) else 1.0
+                tensor.copy_(normal(tensor, far * tensor.shape[-1] ** -0.5))
         embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embedding.copy_(normal(embedding, 1.0))
         output.copy_(normal(output, 0.3))

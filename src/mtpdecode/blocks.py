@@ -62,12 +62,14 @@ class SubLayers(nn.Module):
 
     def __init__(self, layer_class: type[nn.Module], config: PreTrainedConfig, norm: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
+        self.kinds = list(config.layer_types)
+        self.layers = nn.ModuleList([layer_class(config, index) for index in range(len(self.kinds))])
         self.layers[-1].final_layernorm = norm
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, **kwargs)
+    def forward(self, x: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
+        for kind, layer in zip(self.kinds, self.layers, strict=True):
+            mask = attention_mask[kind] if isinstance(attention_mask, dict) else attention_mask
+            x = layer(x, attention_mask=mask, **kwargs)
         return self.layers[-1].final_layernorm(x)  # type: ignore[no-any-return, operator]
 
 

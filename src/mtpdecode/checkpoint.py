@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,15 @@ QUANTISED = (".weight_scale_inv", ".weight_scale", ".qweight", ".qzeros", ".weig
 
 
 class Part(NamedTuple):
-    """One tensor of a checkpoint: its name there and the shape that it must have."""
+    """One tensor of a checkpoint: its name there, the shape that it must have, and which of its rows are meant; None: all."""
 
     name: str
     shape: tuple[int, ...]
+    rows: slice | None = None
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What is meant, of a checkpoint's tensors."""
+        return tensors[self.name] if self.rows is None else tensors[self.name][self.rows]
 
 
 class Checkpoint:
@@ -69,6 +74,11 @@ class Checkpoint:
                 "Give a folder or repository with config.json and all of its safetensors files."
             )
         return found
+
+    def optional(self, name: str) -> dict[str, Any]:
+        """What a JSON file of the checkpoint says; nothing where there is none."""
+        path = self._find(name)
+        return _read_json(path) if path else {}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on CPU; each file is opened once."""
@@ -114,11 +124,12 @@ def read_head(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, exp
 
     Raises HeadWeightsError that lists what is missing, surplus, misshapen or not finite, under the checkpoint's own names.
     """
-    plan = {ours: _parts(ours, tuple(tensor.shape), spec, num_target_layers, checkpoint) for ours, tensor in expected.items()}
+    shapes = {ours: tuple(tensor.shape) for ours, tensor in expected.items()}
+    plan = {ours: _parts(ours, shapes, spec, num_target_layers, checkpoint) for ours in expected}
     _check_names(checkpoint, spec, num_target_layers, plan)
     theirs = checkpoint.read(part.name for parts in plan.values() for part in parts)
     _check_values(checkpoint, plan, theirs)
-    return {ours: _assemble([theirs[part.name] for part in parts], expected[ours]) for ours, parts in plan.items()}
+    return {ours: _assemble([part.of(theirs) for part in parts], expected[ours]) for ours, parts in plan.items()}
 
 
 def write_head(
@@ -189,15 +200,20 @@ def _matrices(name: str, experts: tuple[str, ...]) -> list[str]:
     return list(stacked.get(last, ())) if parent else []
 
 
-def _parts(ours: str, shape: tuple[int, ...], spec: MTPSpec, num_target_layers: int, checkpoint: Checkpoint) -> list[Part]:
+def _parts(
+    ours: str, shapes: Mapping[str, tuple[int, ...]], spec: MTPSpec, num_target_layers: int, checkpoint: Checkpoint
+) -> list[Part]:
     """The tensors of the checkpoint that make up one of ours: one, or one per expert where transformers stacks experts, or two
     where it joins gate and up.
 
     gate_up_proj  (E, 2I, H)  <-  E times gate_proj (I, H) and up_proj (I, H)        down_proj  (E, H, I)  <-  E times (H, I)
     """
-    name, matrices = _their_name(ours, spec, num_target_layers), _matrices(ours, spec.experts)
+    name, matrices, shape = _their_name(ours, spec, num_target_layers), _matrices(ours, spec.experts), shapes[ours]
     if name in checkpoint.files:
         return [Part(name, shape)]
+    if fused := _fused(ours, shapes, spec):
+        whole = _their_name(fused.name, spec, num_target_layers)
+        return [fused._replace(name=whole)] if whole in checkpoint.files else [Part(name, shape)]
     if matrices:
         num_experts, rows, columns = shape
         stem, part = name.rpartition(".")[0], (rows // len(matrices), columns)
@@ -207,6 +223,20 @@ def _parts(ours: str, shape: tuple[int, ...], spec: MTPSpec, num_target_layers: 
         rows, columns = shape
         return [Part(name.replace(joined, f".{half}.weight"), (rows // 2, columns)) for half in ("gate_proj", "up_proj")]
     return [Part(name, shape)]
+
+
+def _fused(ours: str, shapes: Mapping[str, tuple[int, ...]], spec: MTPSpec) -> Part | None:
+    """Where one of ours lies in a matrix that some checkpoints of the family have for several, under our name of that.
+
+    k_proj (4, H)  <-  rows 8..12 of qkv_proj (16, H), if q_proj has 8 rows
+    """
+    stem, matrix, kind = ours.rsplit(".", 2)
+    for whole, parts in spec.fused:
+        if matrix in parts:
+            rows = [shapes[f"{stem}.{part}.{kind}"][0] for part in parts]
+            start = sum(rows[: parts.index(matrix)])
+            return Part(f"{stem}.{whole}.{kind}", (sum(rows), *shapes[ours][1:]), slice(start, start + shapes[ours][0]))
+    return None
 
 
 def _unstacked(ours: str, theirs: str, tensor: Tensor, spec: MTPSpec) -> Iterator[tuple[str, Tensor]]:
@@ -246,14 +276,37 @@ def _check_names(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, 
 
 
 def _check_values(checkpoint: Checkpoint, plan: Mapping[str, list[Part]], theirs: Mapping[str, Tensor]) -> None:
-    parts = [part for parts in plan.values() for part in parts]
-    misshapen = {
-        f"{name} is {tuple(theirs[name].shape)}, not {shape}" for name, shape in parts if tuple(theirs[name].shape) != shape
-    }
-    broken = {name for name, _ in parts if not bool(torch.isfinite(theirs[name].float()).all())}
-    problems = _listed("misshapen", misshapen) + _listed("with NaN or infinite values", broken)
+    problems = _misfits({part.name: part.shape for parts in plan.values() for part in parts}, theirs)
     if problems:
         raise HeadWeightsError(_disagreement(checkpoint, problems))
+
+
+def _misfits(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with tensors that should have these shapes."""
+    wrong = {name for name, shape in shapes.items() if tuple(found[name].shape) != shape}
+    misshapen = {f"{name} is {tuple(found[name].shape)}, not {shapes[name]}" for name in wrong}
+    broken = {name for name in shapes if not bool(torch.isfinite(found[name].float()).all())}
+    return _listed("misshapen", misshapen) + _listed("with NaN or infinite values", broken)
+
+
+def fitted(
+    source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], copies: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of an assistant's checkpoint, which has our names; `copies` in it repeat others and are left out.
+
+    Raises HeadWeightsError that lists what is missing, surplus, misshapen, not finite or quantised.
+    """
+    tensors = {name: tensor for name, tensor in found.items() if name not in copies}
+    both = {name: tuple(expected[name].shape) for name in expected if name in tensors}
+    quantised = {name for name in tensors if name.endswith(QUANTISED)}
+    problems = _listed("missing", set(expected) - set(tensors)) + _listed("quantised", quantised)
+    problems += _listed("surplus", set(tensors) - set(expected) - quantised) + _misfits(both, tensors)
+    if problems:
+        raise HeadWeightsError(
+            f"{source} was given as assistant; its tensors are not those that its config describes. {'; '.join(problems)}. "
+            "Download it again, in bfloat16 and not quantised."
+        )
+    return tensors
 
 
 def _refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -218,6 +218,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         prefix="model.mtp.layers.{i}.",
         names=MIMO_V2_NAMES,
         renames=(("pre_mlp_layernorm", "post_attention_layernorm"), ("self_attn.attention_sink_bias", "self_attn.sinks")),
+        fused=(("qkv_proj", ("q_proj", "k_proj", "v_proj")),),
         block_layer_type="sliding_attention",
         block_config=(("mlp_layer_types", "dense"),),
         deeper="target",
@@ -358,7 +359,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         ),
         num_layers_keys=("mtp_num_hidden_layers",),
         ignored=("hyper_connection_mixer.block_inject_weight.weight", "shared_head.head.weight"),
-        block_config=(("ple_layer_ids", []),),
+        block_config=(("ple_layer_ids", 0),),  # layers count from 1 there: none has n-grams
         combine="sum",
         hidden="streams",
         recycle="raw",
@@ -389,6 +390,29 @@ FAMILIES: tuple[MTPSpec, ...] = (
         "spec.replace(zero_first_embedding=True)",
     ),
     MTPSpec(
+        family="minimax_m3_vl",
+        model_types=("minimax_m3_vl", "minimax_m3_vl_text"),
+        prefix="language_model.model.mtp.layers.{i}.",
+        other_prefixes=("model.mtp.layers.{i}.",),
+        names=(*DEEPSEEK_NAMES[:3], ("final_layernorm", "norm_out"), ("transformer_layer", "block")),
+        renames=(
+            ("block_sparse_moe.e_score_correction_bias", "mlp.gate.e_score_correction_bias"),
+            ("block_sparse_moe", "mlp"),
+            ("index_q_proj", "indexer.q_proj"),
+            ("index_k_proj", "indexer.k_proj"),
+            ("index_q_norm", "indexer.q_norm"),
+            ("index_k_norm", "indexer.k_norm"),
+        ),
+        experts=("w1", "w3", "w2"),
+        num_layers_keys=("num_mtp_modules", "num_nextn_predict_layers"),
+        block_layer_type="minimax_m3_sparse",
+        block_config=(("mlp_layer_types", "sparse"),),
+        recycle="raw",
+        examples=("MiniMaxAI/MiniMax-M3",),
+        verified="greedy parity; head logits against a twin in plain torch",
+        source="vLLM, which of several modules drafts with the first alone: spec.replace(used_layers=1); here they are a chain",
+    ),
+    MTPSpec(
         family="llama",
         model_types=("llama", "qwen2"),
         prefix="model.layers.{n}.",
@@ -397,6 +421,26 @@ FAMILIES: tuple[MTPSpec, ...] = (
         examples=("smollm2-135m-instruct (shipped with mtpdecode)",),
         verified="greedy parity; head logits against transformers' MtpModel; the real model",
         source="DeepSeek's layout around the target's own layer; heads trained with mtpdecode.train are written so",
+    ),
+    MTPSpec(
+        family="gemma4",
+        model_types=("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
+        assistants=("gemma4_assistant", "gemma4_unified_assistant"),
+        prefix="",
+        names=(("pre_projection", "proj"), ("post_projection", "recycled"), ("model.norm", "norm_out")),
+        num_layers_keys=("text_config.num_hidden_layers",),
+        recycle="projected",
+        kv="target",
+        positions="frozen",
+        lm_head="own",
+        examples=(
+            "google/gemma-4-E2B-it-assistant",
+            "google/gemma-4-E4B-it-assistant",
+            "google/gemma-4-26B-A4B-it-assistant",
+            "google/gemma-4-31B-it-assistant",
+        ),
+        verified="greedy parity, with images too; assistant's logits against a twin in plain torch and transformers' own class",
+        source="vLLM: all steps at the last position written; transformers one further, where it reads a refused draft's key",
     ),
 )
 
@@ -409,11 +453,14 @@ def families() -> list[dict[str, object]]:
             "family": row.family,
             "model_types": list(row.model_types),
             "examples": list(row.examples),
-            "config_field": row.num_layers_keys[0],
+            "config_field": _counted_by(row),
             "tensors": row.prefix + "*",
             "hidden": row.hidden,
             "combine": row.combine,
             "recycle": row.recycle,
+            "kv": row.kv,
+            "positions": row.positions,
+            "assistants": list(row.assistants),
             "verified": row.verified,
             "source": row.source,
         }
@@ -426,11 +473,16 @@ def families_table() -> str:
     titles = ("family", "model types", "checkpoints", "counted by", "tensors", "fed, order, recycled", "held to")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in FAMILIES:
-        how = f"{row.hidden}, {row.combine}, {row.recycle}"
+        how = f"{row.hidden}, {row.combine}, {row.recycle}" + "; reads the target's keys" * (row.kv == "target")
         types, examples = ", ".join(f"`{name}`" for name in row.model_types), ", ".join(row.examples)
-        cells = (f"`{row.family}`", types, examples, f"`{row.num_layers_keys[0]}`", f"`{row.prefix}*`", how, row.verified)
+        cells = (f"`{row.family}`", types, examples, f"`{_counted_by(row)}`", f"`{row.prefix}*`", how, row.verified)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _counted_by(row: MTPSpec) -> str:
+    """The config field that counts a family's layers; where there is none, the tensors that are counted."""
+    return (*row.num_layers_keys, row.pattern("block") + "*")[0]
 
 
 def spec_for(model_type: str, class_name: str, tensor_names: Iterable[str] = ()) -> MTPSpec:

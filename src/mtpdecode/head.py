@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, rotary_angles, stream_norms, sublayer_kinds
 from .errors import UnsupportedModelError
+from .indexer import shared_indexers
 from .spec import MTPSpec
 from .state import Window
 from .target import decoder_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
@@ -134,6 +135,7 @@ class MTPHead(nn.Module):
         embedding, lm_head = target.get_input_embeddings(), lm_head_of(target)
         self._shared = [Shared(embedding, lm_head, rotary_of(target), final_norm_of(target))]  # in a list: not a submodule
         self.layers = nn.ModuleList([MTPLayer(target, spec, self.config, index) for index in range(num_layers)])
+        self.indexers = shared_indexers((layer.block for layer in self.layers), spec, self.config)  # type: ignore[misc]
         self._share_parts()
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         weight = lm_head.weight
@@ -158,11 +160,14 @@ class MTPHead(nn.Module):
         return min(longest, num_speculative_tokens)
 
     @property
-    def indexers(self) -> list[nn.Module]:
-        """What chooses keys at the first draft step for the later ones as well; none where every step chooses its own."""
-        said = getattr(self.config, "index_share_for_mtp_iteration", False) and self.spec.index_choice == "config"
-        kept = said or self.spec.index_choice == "first_step"
-        return [layer.block.get_submodule("self_attn.indexer") for layer in self.layers] if kept else []  # type: ignore
+    def blocks(self) -> list[nn.Module]:
+        """What has a layer of the cache each: the depths' blocks, or where these are rows of layers, all of those."""
+        rows = [layer.block.layers if isinstance(layer.block, SubLayers) else [layer.block] for layer in self.layers]
+        return [block for row in rows for block in row]
+
+    def num_cached(self, num_speculative_tokens: int) -> int:
+        """How many layers the cache has when so many tokens are drafted."""
+        return self.num_depths(num_speculative_tokens) * len(self.blocks) // self.num_layers
 
     @property
     def num_target_layers(self) -> int:

@@ -25,6 +25,7 @@ class Call(NamedTuple):
     prompt       what is decoded from                    sampler    the target's processors, for the draft to use too
     max_length   the largest K of this call              sampling   draw draft tokens, or take the likeliest
     purpose      which of the row's random numbers to draw drafts with
+    past         the target's own keys and values: to be looked at, never written
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     max_length: int
     sampling: DraftSampling
     purpose: int = Purpose.DRAFT
+    past: KVCacheManager | None = None
 
 
 class Proposer(ABC):
@@ -132,20 +134,20 @@ class MTPProposer(Proposer):
         with recorded(self.head.indexers) as choices:
             for depth in range(self.num_depths):
                 normed, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
-                logits = self.head.logits(_last(normed, fresh.counts)[:, 0], depth % self.head.num_layers)
+                logits = self.head.logits(last_real(normed, fresh.counts)[:, 0], depth % self.head.num_layers)
                 picks.append(self._pick(logits, text, depth, noise))
                 text = text.with_draft(picks[-1].tokens, depth)
         kept = chosen(choices[-1], window, fresh.counts) if choices else None
         absorbed = (fresh.counts - self.lag).clamp(min=0)
         self.cache.commit(absorbed)
-        hidden, last = _last(hidden, fresh.counts), self.num_depths - 1
+        hidden, last = last_real(hidden, fresh.counts), self.num_depths - 1
         for step in range(self.num_depths, num_speculative_tokens):
             window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
             window = window if kept is None else narrowed(window, kept)
             normed, hidden = self.head(last, self.head.embed(picks[-1].tokens, last), hidden, window)
             picks.append(self._pick(self.head.logits(normed[:, 0], last), text, step, noise))
             text = text.with_draft(picks[-1].tokens, step)
-        return _joined(picks[:num_speculative_tokens], state)
+        return joined(picks[:num_speculative_tokens], state)
 
     def _fed(self, hidden: Tensor, fresh: Fresh) -> Tensor:
         """What a depth is fed: the output of the one before, or in families that do not chain what the first one is fed."""
@@ -164,26 +166,33 @@ class MTPProposer(Proposer):
 
     def _pick(self, logits: Tensor, text: Text, position: int, noise: Noise) -> Draft:
         """logits (B, V_draft) -> one token per row, tokens (B, 1), from the head's law after the user's processors."""
-        sampler = self.call.sampler
-        if sampler.is_plain:
+        if self.call.sampler.is_plain:
             return Draft(self.head.token_ids(logits.argmax(-1, keepdim=True)), None)
-        full = self.head.full_logits(logits.float())
-        scores = sampler.scores(full[:, None], text._replace(lengths=text.lengths + position))[:, 0]
-        allowed = scores.isfinite().any(-1, keepdim=True)  # processors may forbid all that the head can say: any law is lossless
-        scores = torch.where(allowed, scores, full)
-        if self.call.sampling == "greedy" or not sampler.do_sample:
-            return Draft(scores.argmax(-1, keepdim=True), None)
-        law = sampler.law(scores)
-        token = race(law, noise.exponential(text.lengths + position, self.call.purpose, law.shape[-1]))
-        return Draft(token[:, None], law[:, None])
+        return drawn(self.head.full_logits(logits.float()), self.call, text, position, noise)
 
 
-def _last(states: Tensor, counts: Tensor) -> Tensor:
+def drawn(full: Tensor, call: Call, text: Text, position: int, noise: Noise) -> Draft:
+    """full (B, V) float32, a guess at draft token `position` -> one token per row, from its law after the user's processors."""
+    sampler = call.sampler
+    if sampler.is_plain:
+        return Draft(full.argmax(-1, keepdim=True), None)
+    scores = sampler.scores(full[:, None], text._replace(lengths=text.lengths + position))[:, 0]
+    allowed = scores.isfinite().any(-1, keepdim=True)  # processors may forbid all that the head can say: any law is lossless
+    scores = torch.where(allowed, scores, full)
+    if call.sampling == "greedy" or not sampler.do_sample:
+        return Draft(scores.argmax(-1, keepdim=True), None)
+    law = sampler.law(scores)
+    token = race(law, noise.exponential(text.lengths + position, call.purpose, law.shape[-1]))
+    return Draft(token[:, None], law[:, None])
+
+
+def last_real(states: Tensor, counts: Tensor) -> Tensor:
     """states (B, T, D), counts (B,) -> (B, 1, D), the last real one; in a row that has none, the first."""
     return Fresh(states, counts.clamp(min=1)).last(1).states
 
 
-def _joined(picks: list[Draft], state: DecodeState) -> Draft:
+def joined(picks: list[Draft], state: DecodeState) -> Draft:
+    """One token per row each -> all of them."""
     if not picks:
         return Draft(state.text.tokens[:, :0], None)
     probs = [pick.probs for pick in picks if pick.probs is not None]

@@ -40,6 +40,8 @@ class MTPSpec:
     """The matrices of one expert in a checkpoint; two where experts have no gate. Stacked experts are read as well."""
     counted_by: Literal["config", "tensors"] = "config"
     """What says how many layers the head has; "tensors": a config that has the field promises a head, whatever it counts."""
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Inside the block: (one matrix of some checkpoints, those of the block whose rows it holds, one behind the other)."""
     num_layers_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
     """Config fields that count the head's layers; the first one present wins, and where there is none the tensors are counted."""
     ignored: tuple[str, ...] = ()
@@ -73,8 +75,14 @@ class MTPSpec:
     """Whether the layer class wants (B, T, streams, D), with an axis for streams, instead of (B, T, streams * D)."""
     angles: Literal["window", "all_types", "all_slots"] = "window"
     """Rotary angles that the layer class wants: the window's; a dict of them by type; those of all slots, then the window's."""
-    recycle: Literal["normed", "raw"] = "normed"
-    """Which of the head's own outputs feeds the next draft step: after or before `norm_out`."""
+    recycle: Literal["normed", "raw", "projected"] = "normed"
+    """Which of the head's own outputs feeds the next draft step: after or before `norm_out`, or a projection of its own."""
+    kv: Literal["own", "target"] = "own"
+    """Whose keys and values the head reads; "target": it has none, lies in a checkpoint of its own and is given as `assistant=`."""
+    positions: Literal["advance", "frozen"] = "advance"
+    """Where draft steps stand: each one further, or all at the last position that the target has written."""
+    assistants: tuple[str, ...] = ()
+    """The values of `config.model_type` in checkpoints that hold such a head."""
     deeper: Literal["chained", "target"] = "chained"
     """What the depths behind the first are fed: what the depth before put out, or the target's hidden states like the first."""
     used_layers: int | None = None
