@@ -8,8 +8,31 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from .errors import UnsupportedModelError
+from .spec import MTPSpec
 from .state import Window
+
+CHOOSING = ("indexed_attention", "deepseek_sparse_attention")
+"""Layer types with an indexer that chooses single keys; the second is what transformers 5.17 calls the first."""
+
+
+def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrainedConfig) -> list[nn.Module]:
+    """The indexers whose choice at the first draft step the later ones keep to; none where every step chooses its own.
+
+    Raises UnsupportedModelError where the row asks for it and the blocks choose no keys.
+    """
+    said = spec.index_choice == "config" and getattr(config, "index_share_for_mtp_iteration", False)
+    if not said and spec.index_choice != "first_step":
+        return []
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= set(CHOOSING):
+        raise UnsupportedModelError(
+            f"The later draft steps of a {spec.family} head were to keep to the keys that the first one chose; its blocks are of "
+            f"type {', '.join(sorted(kinds))}, which chooses no single keys. Pass spec=spec.replace(index_choice='each_step')."
+        )
+    return [block.get_submodule("self_attn.indexer") for block in blocks]
 
 
 @contextmanager
@@ -25,9 +48,11 @@ def recorded(indexers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def chosen(choice: Tensor, window: Window, counts: Tensor) -> Tensor:
-    """choice (B, T, k) made over a window -> (B, slots) bool: what the last real query of each row, number counts - 1, attends to.
+    """choice (B, T, k) made over a window -> (B, slots) bool: what the last real query of each row attends to.
 
-    A query with fewer than k slots behind it "chooses" some that it cannot see; these are not kept.
+        choice of the last query 3 0      it sees slots 0 1 2 3 of 6      kept 1 0 0 1 0 0
+
+    A query that sees fewer than k slots "chooses" some that it cannot see as well; these are not kept.
     """
     assert isinstance(window.mask, Tensor)
     mask = _of_last(window.mask[:, 0], counts)

@@ -11,7 +11,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from tests import tiny
 from tests.families.layouts import deepseek_layout
-from tests.families.twins import chosen_experts, heads, mixture, recurrent_drafts, rms_norm
+from tests.families.twins import chosen_experts, heads, mixture, recurrent_drafts, rms_norm, rotated, rotated_halves
 from tests.families.zoo import Case
 
 LAYOUT = deepseek_layout()
@@ -34,7 +34,7 @@ def build():
 class Twin:
     """The head of a DeepSeek with an indexer, from published tensors.
 
-    rotation  how the indexer turns its queries and keys: by halves, or by pairs as the attention does
+    rotation  how the indexer rotates its queries and keys; the attention does it in pairs of neighbours
     num_kept  rows behind so many attend to what the last of those did; None: each row to what it chooses itself
     """
 
@@ -64,7 +64,8 @@ class Twin:
         both = heads(squeezed, self.weights["self_attn.kv_b_proj.weight"], config.qk_nope_head_dim + config.v_head_dim)
         key, value = both.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         query_pass, query_rope = query.split([config.qk_nope_head_dim, rope], dim=-1)
-        scores = query_pass @ key.mT + by_pairs(query_rope, config) @ by_pairs(key_rope, config).mT
+        query_rope, key_rope = (rotated(z, config.rope_parameters["rope_theta"]) for z in (query_rope, key_rope[None]))
+        scores = query_pass @ key.mT + query_rope @ key_rope.mT
         scores = scores * (config.qk_nope_head_dim + rope) ** -0.5
         law = scores.masked_fill(~self.chosen(x, latent), float("-inf")).softmax(-1)
         return self.linear((law @ value).transpose(0, 1).flatten(1), "self_attn.o_proj")
@@ -75,9 +76,10 @@ class Twin:
         query = heads(latent, self.weights["self_attn.indexer.wq_b.weight"], config.index_head_dim)
         norm = self.weights["self_attn.indexer.k_norm.weight"], self.weights["self_attn.indexer.k_norm.bias"]
         key = F.layer_norm(self.linear(x, "self_attn.indexer.wk"), [config.index_head_dim], *norm, eps=1e-6)
-        query, key = (torch.cat([self.rotation(z[..., :rope], config), z[..., rope:]], dim=-1) for z in (query, key))
+        base = config.rope_parameters["rope_theta"]
+        query, key = (torch.cat([self.rotation(z[..., :rope], base), z[..., rope:]], dim=-1) for z in (query, key[None]))
         weights = self.linear(x, "self_attn.indexer.weights_proj")
-        scores = (weights.T[..., None] * (query @ key.T).relu()).sum(0)
+        scores = (weights.T[..., None] * (query @ key.mT).relu()).sum(0)
         mask = torch.zeros(len(x), len(x), dtype=torch.bool)
         for row in range(len(x)):
             mask[row, scores[row, : row + 1].topk(min(config.index_topk, row + 1)).indices] = True
@@ -96,22 +98,6 @@ class Twin:
         return self.linear(F.silu(self.linear(x, f"{name}.gate_proj")) * self.linear(x, f"{name}.up_proj"), f"{name}.down_proj")
 
 
-def by_pairs(x, config):
-    """x (..., n, d) with neighbours turned about each other: (x0, x1), (x2, x3), ..."""
-    return _turned(x[..., 0::2], x[..., 1::2], config)
-
-
-def by_halves(x, config):
-    """x (..., n, d) with its two halves turned about each other."""
-    return _turned(*x.chunk(2, dim=-1), config)
-
-
-def _turned(first, second, config):
-    speeds = config.rope_parameters["rope_theta"] ** (-torch.arange(first.shape[-1]) / first.shape[-1])
-    angles = torch.arange(first.shape[-2])[:, None] * speeds
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1)
-
-
 def states(model, ids):
     return model.model(ids, use_cache=False).last_hidden_state[0]
 
@@ -121,4 +107,4 @@ def drafts(rotation, target, tensors, text, num_steps, shares=False):
     return recurrent_drafts(target, partial(states, target), twin.head, text, num_steps)
 
 
-CASES = [Case("deepseek_v32", "deepseek_v32", build, LAYOUT.published, partial(drafts, by_halves))]
+CASES = [Case("deepseek_v32", "deepseek_v32", build, LAYOUT.published, partial(drafts, rotated_halves))]
