@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .errors import CacheError
-from .recurrent import LayerPlan, RecurrentLayer
+from .recurrent import HookedLayer, LayerPlan, RecurrentLayer
 from .state import Window
 
 BUCKET = 64
@@ -44,6 +44,16 @@ class KVCacheManager(ABC):
     def commit(self, counts: Tensor) -> None:
         """Keep the first counts[b] tokens past `lengths` in row b. counts (B,), 0 <= counts <= what was written."""
 
+    def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """A layer's keys and values (B, H, S, Dh), to be looked at; what lies past `lengths` is not committed. None: it has none.
+
+        Raises CacheError where the manager does not say.
+        """
+        raise CacheError(
+            f"{type(self).__name__} was asked for the keys of layer {layer}; it has no method kept(layer) that shows them. "
+            "Write one, or use RaggedCache or CropCache."
+        )
+
     @abstractmethod
     def reserve(self, num_slots: int) -> None:
         """Make sure that windows up to slot `num_slots` fit."""
@@ -52,13 +62,20 @@ class KVCacheManager(ABC):
 class CacheLayout:
     """What a manager must know of a model: its layer types, their windows and its attention implementation.
 
-    plans  what each layer holds; none: keys and values in every layer
+    plans           what each layer holds; none: keys and values in every layer
+    prompt_lengths  (B,) how many tokens of each row are given, which some recurrences read otherwise than those that are written
     """
 
     def __init__(
-        self, windows: Mapping[str, int | None], attention: str, dtype: torch.dtype, plans: Sequence[LayerPlan] = ()
+        self,
+        windows: Mapping[str, int | None],
+        attention: str,
+        dtype: torch.dtype,
+        plans: Sequence[LayerPlan] = (),
+        prompt_lengths: Tensor | None = None,
     ) -> None:
         self.windows, self.attention, self.dtype, self.plans = dict(windows), attention, dtype, tuple(plans)
+        self.prompt_lengths = prompt_lengths
 
     def mask(self, positions: Tensor, num_slots: int) -> Tensor | dict[str, Tensor | None]:
         """positions (B, T) -> (B, 1, T, num_slots): a slot is seen from its own position on, while the window reaches it.
@@ -66,7 +83,7 @@ class CacheLayout:
         positions 2 3     slots 0 1 2 3        full 1 1 1 0     sliding 2  0 1 1 0
                                                     1 1 1 1                0 0 1 1
         """
-        masks: dict[str, Tensor | None] = {plan.layer_type: None for plan in self.plans if not plan.keys}
+        masks: dict[str, Tensor | None] = {plan.layer_type: None for plan in self.plans if plan.num_states or not plan.keys}
         masks |= {name: self._mask(positions, num_slots, window) for name, window in self.windows.items()}
         return masks if len(masks) > 1 else next(mask for mask in masks.values() if mask is not None)
 
@@ -97,14 +114,20 @@ class RaggedCache(KVCacheManager):
         start = self.lengths if offset is None else self.lengths + offset
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
         self._slots.written, self._slots.num_visible = positions, self.num_slots
+        prompt = None if self.layout.prompt_lengths is None else self.layout.prompt_lengths - start
         for layer in self._recurrent:
-            layer.open(num_tokens, offset)
+            layer.open(num_tokens, offset, prompt)
         return Window(positions, self.layout.mask(positions, self.num_slots), self._cache)
 
     def commit(self, counts: Tensor) -> None:
         self.lengths = self.lengths + counts
         for layer in self._recurrent:
             layer.commit(counts)
+
+    def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        held: Any = self._cache.layers[layer]
+        seen = slice(self._slots.num_visible)
+        return (held.keys[:, :, seen], held.values[:, :, seen]) if held.is_initialized else None
 
     def reserve(self, num_slots: int) -> None:
         self.num_slots = max(self.num_slots, -(-num_slots // BUCKET) * BUCKET)
@@ -151,6 +174,16 @@ class _RaggedLayer(CacheLayerMixin):
         """The same without the axis of heads, as models of DeepSeek's kind have it: (B, T, Di) -> (B, S, Di)."""
         return self.update_index(indexer_key_states[:, None])[:, 0]
 
+    @property
+    def indexer_position_ids(self) -> Tensor:
+        """(3, B, S) the positions of all slots: indexers that pool keys rotate them anew. They are what they are: setting is moot."""
+        num_rows, device = self._slots.written.shape[0], self._slots.written.device
+        return torch.arange(self._slots.num_visible, device=device).expand(3, num_rows, -1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor) -> None:
+        return
+
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
         assert slots is not None
@@ -176,7 +209,7 @@ class _RaggedLayer(CacheLayerMixin):
         return -1
 
 
-class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):
+class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):  # type: ignore[misc]  # transformers' two kinds of layers differ
     """Keys and values, and states besides: attention with short convolutions around it."""
 
     def __init__(self, slots: _Slots, plan: LayerPlan) -> None:
@@ -184,7 +217,56 @@ class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):
         RecurrentLayer.__init__(self, plan)
 
 
+class _CompressedLayer(_RaggedLayer, HookedLayer):
+    """Keys and values, and one more key for every whole block of tokens (DeepSeek-V4).
+
+    No block is kept, for its tokens may yet be refused. What each token gives to its block lies at the token's own slot, and every
+    window compresses all slots anew: a block that is not whole is compressed too, and no query sees it.
+
+        tokens  a b c d | e f g     block size 4     blocks  [abcd] [efg.]     f, behind e, sees e f and [abcd]
+    """
+
+    def __init__(self, slots: _Slots, plan: LayerPlan) -> None:
+        super().__init__(slots)
+        assert plan.mixer is not None
+        self._compressor, self._size = plan.mixer, plan.block_size
+        self._given: dict[str, Tensor] = {}
+
+    def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
+        """kv, gate (B, T, d), what the window's tokens give -> those of all slots of whole blocks, and where the first one begins."""
+        given, old = torch.cat([kv, gate], dim=-1)[:, None], self._given.get(name)
+        self._given[name] = self._written(given[:, :, :0] if old is None else old, given)
+        num_slots = self._slots.num_visible // self._size * self._size
+        all_kv, all_gate = self._given[name][:, 0, :num_slots].chunk(2, dim=-1)
+        return all_kv, all_gate, 0
+
+    def update_overlap_state(self, *args: Any) -> tuple[None, None]:
+        """What the block before the first one gave to it: there is none before slot 0."""
+        return None, None
+
+    def update_compressor_states(self, name: str, compressed: Tensor) -> Tensor:
+        """compressed (B, blocks, d), all of them."""
+        return compressed
+
+    def hooks(self) -> list[Any]:
+        return [self._compressor.register_forward_hook(self._masked)]
+
+    def _masked(self, _: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """For a single token the model takes every block to be whole: mask here as it does for several.
+
+        output: blocks (B, 1, blocks, d), and what to add to their scores (B, 1, T, blocks)
+        """
+        (blocks, bias), positions = output, inputs[2]
+        if bias is not None:
+            return blocks, bias
+        num_whole = (positions + 1) // self._size
+        later = torch.arange(blocks.shape[2], device=blocks.device) >= num_whole[:, None, :, None]
+        return blocks, torch.zeros_like(later, dtype=blocks.dtype).masked_fill(later, float("-inf"))
+
+
 def _layer_for(plan: LayerPlan, slots: _Slots) -> Any:
+    if plan.block_size:
+        return _CompressedLayer(slots, plan)
     if not plan.keys:
         return RecurrentLayer(plan)
     return _RaggedRecurrentLayer(slots, plan) if plan.num_states else _RaggedLayer(slots)
@@ -194,7 +276,7 @@ class _CroppedLayer(DynamicLayer):
     """transformers' growing layer, with an indexer's keys (B, 1, S, Di) beside keys and values."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index_keys: Tensor | None = None
 
     def update_index(self, idx_k: Tensor) -> Tensor:
@@ -216,10 +298,11 @@ class CropCache(KVCacheManager):
     def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
         if num_rows != 1:
             raise CacheError(f"CropCache was asked to hold {num_rows} rows; it holds 1. Use RaggedCache for batches.")
-        recurrent = sorted({plan.layer_type for plan in layout.plans if plan.num_states})
+        recurrent = sorted({plan.layer_type for plan in layout.plans if plan.num_states or plan.block_size})
         if recurrent:
             raise CacheError(
-                f"CropCache was asked to hold layers of type {', '.join(recurrent)}; a state cannot be cropped. Use RaggedCache."
+                f"CropCache was asked to hold layers of type {', '.join(recurrent)}; a state cannot be cropped, nor a compressed block. "
+                "Use RaggedCache."
             )
         self.layout = layout
         self.lengths = torch.zeros(1, dtype=torch.long, device=device)
@@ -246,6 +329,10 @@ class CropCache(KVCacheManager):
                 "Commit no more than the last window held."
             )
         self.lengths = self.lengths + counts
+
+    def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        held: Any = self._cache.layers[layer]
+        return (held.keys, held.values) if held.is_initialized else None
 
     def reserve(self, num_slots: int) -> None:
         """Nothing: this cache grows by itself."""

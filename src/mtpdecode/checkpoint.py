@@ -126,10 +126,13 @@ def read_head(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, exp
     """
     shapes = {ours: tuple(tensor.shape) for ours, tensor in expected.items()}
     plan = {ours: _parts(ours, shapes, spec, num_target_layers, checkpoint) for ours in expected}
+    absent = {ours for ours in plan if ours.endswith(spec.optional) and plan[ours][0].name not in checkpoint.files}
+    plan = {ours: parts for ours, parts in plan.items() if ours not in absent}
     _check_names(checkpoint, spec, num_target_layers, plan)
     theirs = checkpoint.read(part.name for parts in plan.values() for part in parts)
     _check_values(checkpoint, plan, theirs)
-    return {ours: _assemble([part.of(theirs) for part in parts], expected[ours]) for ours, parts in plan.items()}
+    found = {ours: _assemble([part.of(theirs) for part in parts], expected[ours]) for ours, parts in plan.items()}
+    return {ours: found.get(ours, tensor) for ours, tensor in expected.items()}
 
 
 def write_head(
@@ -140,7 +143,7 @@ def write_head(
     named = ((ours, _their_name(ours, spec, num_target_layers), tensor.detach().cpu()) for ours, tensor in tensors.items())
     theirs = {name: part.clone() for ours, whole, tensor in named for name, part in _unstacked(ours, whole, tensor, spec)}
     partial = folder / (SINGLE + ".partial")
-    save_file(theirs, partial, metadata={"format": "pt"})
+    save_file(_woven(theirs, spec), partial, metadata={"format": "pt"})
     os.replace(partial, folder / SINGLE)
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
@@ -211,6 +214,8 @@ def _parts(
     name, matrices, shape = _their_name(ours, spec, num_target_layers), _matrices(ours, spec.experts), shapes[ours]
     if name in checkpoint.files:
         return [Part(name, shape)]
+    if woven := _interleaved(ours, shape, spec):
+        return [woven._replace(name=_their_name(woven.name, spec, num_target_layers))]
     if fused := _fused(ours, shapes, spec):
         whole = _their_name(fused.name, spec, num_target_layers)
         return [fused._replace(name=whole)] if whole in checkpoint.files else [Part(name, shape)]
@@ -237,6 +242,28 @@ def _fused(ours: str, shapes: Mapping[str, tuple[int, ...]], spec: MTPSpec) -> P
             start = sum(rows[: parts.index(matrix)])
             return Part(f"{stem}.{whole}.{kind}", (sum(rows), *shapes[ours][1:]), slice(start, start + shapes[ours][0]))
     return None
+
+
+def _interleaved(ours: str, shape: tuple[int, ...], spec: MTPSpec) -> Part | None:
+    """Where one of ours lies in a matrix whose rows belong to several by turns, under our name of that.
+
+    up_proj (4, H)  <-  rows 1, 3, 5, 7 of w13_dn (8, H)
+    """
+    stem, matrix, kind = ours.rsplit(".", 2)
+    for whole, parts in spec.interleaved:
+        if matrix in parts:
+            number = len(parts)
+            return Part(f"{stem}.{whole}.{kind}", (number * shape[0], *shape[1:]), slice(parts.index(matrix), None, number))
+    return None
+
+
+def _woven(theirs: dict[str, Tensor], spec: MTPSpec) -> dict[str, Tensor]:
+    """The opposite of `_interleaved`, over all tensors of a head under their names."""
+    for whole, parts in spec.interleaved:
+        for name in [each for each in theirs if f".{parts[0]}." in each]:
+            pieces = [theirs.pop(name.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
+            theirs[name.replace(f".{parts[0]}.", f".{whole}.")] = torch.stack(pieces, dim=1).flatten(0, 1)
+    return theirs
 
 
 def _unstacked(ours: str, theirs: str, tensor: Tensor, spec: MTPSpec) -> Iterator[tuple[str, Tensor]]:

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .acceptance import Acceptance, acceptance_named
+from .assistant import Assistant, AssistantProposer, assistant_for
 from .cache import CacheLayout, KVCacheManager, RaggedCache
 from .errors import GenerationError
 from .head import MTPHead
@@ -90,12 +91,14 @@ class MTPDecoder:
     """Decodes a causal language model with its own MTP head: several tokens per forward pass, the same law.
 
     target, head, proposer    what it is built from; head is None where the proposer needs none
+    assistant                 what drafts instead of a head for Gemma 4, else None
     verifier, cache, metrics  of the last call
     """
 
     def __init__(self, target: PreTrainedModel, proposer: Proposer, options: Options, cache: CacheFactory) -> None:
         self.target, self.proposer, self.options, self._cache_factory = target, proposer, options, cache
         self.head = proposer.head if isinstance(proposer, MTPProposer) else None
+        self.assistant = proposer.assistant if isinstance(proposer, AssistantProposer) else None
         self._layout()  # a layer or an attention that is not ours is an error now, not at the first call
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
@@ -108,6 +111,7 @@ class MTPDecoder:
         *,
         head: MTPHead | str | os.PathLike[str] | None = None,
         spec: MTPSpec | None = None,
+        assistant: Assistant | PreTrainedModel | str | os.PathLike[str] | None = None,
         proposer: Proposer | None = None,
         num_speculative_tokens: int | DraftSchedule | None = None,
         draft_sampling: DraftSampling = "sample",
@@ -118,6 +122,7 @@ class MTPDecoder:
 
         head                    a head in memory, or the folder or repository to read it from; none: the target's own checkpoint
         spec                    the family's row, to override a choice or to describe a new family
+        assistant               for Gemma 4, whose heads are checkpoints of their own: a folder, a repository or a loaded one
         proposer                drafts instead of the head
         num_speculative_tokens  K, or a schedule; none: what suits the head
         draft_sampling          when sampling: "sample" draws drafts from the head's law, "greedy" takes its likeliest token
@@ -127,9 +132,11 @@ class MTPDecoder:
         Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
         """
         decoder_of(target)
-        if proposer is None:
-            proposer = MTPProposer(head_for(target, head, spec))
-        suits = proposer.head.num_speculative_tokens if isinstance(proposer, MTPProposer) else 3
+        if assistant is not None:
+            _check_alone(head=head, spec=spec, proposer=proposer)
+            proposer = AssistantProposer(assistant_for(target, assistant))
+        proposer = proposer or MTPProposer(head_for(target, head, spec))
+        suits = _suits(proposer)
         schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens)
         options = Options(schedule, draft_sampling, acceptance).replaced({})
         return cls(target, proposer, options, cache)
@@ -137,10 +144,10 @@ class MTPDecoder:
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> MTPDecoder:
         """Target and head from one checkpoint. Takes what `from_model` takes; the rest goes to transformers' from_pretrained."""
-        ours = ("head", "spec", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache")
+        ours = ("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache")
         settings = {name: kwargs.pop(name) for name in ours if name in kwargs}
         target = load_target(path_or_repo, **kwargs)
-        if "proposer" not in settings:
+        if not {"proposer", "assistant"} & settings.keys():
             settings.setdefault("head", os.fspath(path_or_repo))
         return cls.from_model(target, **settings)
 
@@ -279,7 +286,7 @@ class MTPDecoder:
         chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK
         width = self.head.width if self.head else text_config(self.target).hidden_size
         rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width)
-        training = training_modules(self.target, *([self.head] if self.head else []))
+        training = training_modules(self.target, *(part for part in (self.head, self.assistant) if part))
         while True:
             with torch.no_grad(), evaluating(training):
                 round = next(rounds, None)
@@ -290,30 +297,50 @@ class MTPDecoder:
     def _roles(self, request: Request, options: Options) -> Roles:
         """Everything that lives as long as one call."""
         sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
-        caches = [self._new_cache(request, self._layout(), text_config(self.target).num_hidden_layers)]
+        layout = self._layout(prompt_lengths=request.prompt.lengths)
+        caches = [self._new_cache(request, layout, text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, MTPProposer):
             self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
-            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_depths(deepest)))
+            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_cached(deepest)))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
-        call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose)
+        if isinstance(proposer, AssistantProposer):
+            self.proposer = proposer = copy(proposer)
+        call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose, caches[0])
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
         hidden = self.head.spec.hidden if self.head else "post_norm"
         verifier = Verifier(self.target, caches[0], sampler, hidden, request.prompt)
         return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
 
-    def _layout(self, head: MTPHead | None = None) -> CacheLayout:
+    def _layout(self, head: MTPHead | None = None, prompt_lengths: Tensor | None = None) -> CacheLayout:
         """What a cache of the target, or of the head, must know: each call anew, for set_attn_implementation may come between."""
         config = head.config if head else text_config(self.target)
         name = "The MTP head" if head else type(self.target).__name__
-        blocks = [layer.block for layer in head.layers] if head else decoder_of(self.target).layers
+        blocks = head.blocks if head else decoder_of(self.target).layers
         plans = layer_plans(config, blocks, name)
-        return CacheLayout(layer_windows(config, name), check_attention(config, name), self.target.dtype, plans)
+        windows, attention = layer_windows(config, name), check_attention(config, name)
+        return CacheLayout(windows, attention, self.target.dtype, plans, prompt_lengths)
 
     def _new_cache(self, request: Request, layout: CacheLayout, num_layers: int) -> KVCacheManager:
         lengths = request.prompt.lengths
         return self._cache_factory(layout, num_layers, lengths.shape[0], lengths.device)
+
+
+def _check_alone(**others: object) -> None:
+    """Raise GenerationError where an assistant was given and something else besides that says what drafts."""
+    given = [f"{name}=" for name, value in others.items() if value is not None]
+    if given:
+        raise GenerationError(
+            f"assistant= was given, and {' and '.join(given)} besides; one of them drafts. Pass assistant= alone."
+        )
+
+
+def _suits(proposer: Proposer) -> int:
+    """The K that suits what drafts."""
+    if isinstance(proposer, AssistantProposer):
+        return proposer.assistant.num_speculative_tokens
+    return proposer.head.num_speculative_tokens if isinstance(proposer, MTPProposer) else 3
 
 
 def _check_streamer(rows: list[list[int]]) -> None:
@@ -326,10 +353,26 @@ def _check_streamer(rows: list[list[int]]) -> None:
 
 _HEADS: WeakKeyDictionary[PreTrainedModel, MTPHead] = WeakKeyDictionary()
 """The heads that `generate` has read, so that a second call reads nothing; they go when their models go."""
+_ASSISTANTS: WeakKeyDictionary[PreTrainedModel, dict[Any, Assistant]] = WeakKeyDictionary()
+"""The same for assistants, by what was given as `assistant=`."""
 
 
-def generate(model: PreTrainedModel, inputs: Tensor | None = None, **kwargs: Any) -> Tensor | MTPOutput:
-    """One line in a notebook: `MTPDecoder.from_model(model).generate(...)`; the head is read at a model's first call only."""
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    *,
+    assistant: Assistant | PreTrainedModel | str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Tensor | MTPOutput:
+    """One line in a notebook: `MTPDecoder.from_model(model).generate(...)`; the head is read at a model's first call only.
+
+    assistant  for Gemma 4: see `MTPDecoder.from_model`
+    """
+    if assistant is not None:
+        known = _ASSISTANTS.setdefault(model, {})
+        if assistant not in known:
+            known[assistant] = assistant_for(model, assistant)
+        return MTPDecoder.from_model(model, assistant=known[assistant]).generate(inputs, **kwargs)
     if model not in _HEADS:
         _HEADS[model] = head_for(model, None, None)
     return MTPDecoder.from_model(model, head=_HEADS[model]).generate(inputs, **kwargs)

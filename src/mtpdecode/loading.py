@@ -98,8 +98,13 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
     if isinstance(source, MTPHead):
         return _checked(source, target)
     model_type, name = _listed_type(target), type(target).__name__
-    if spec is None:
-        spec_for(model_type, name)  # an unknown model is named before its files are looked for
+    row = spec or spec_for(model_type, name)  # an unknown model is named before its files are looked for
+    if row.kv == "target":
+        raise UnsupportedModelError(
+            f"The head of {name} was asked for; it drafts with an assistant, which is a checkpoint of its own. Pass the one that "
+            f"is published with this model, as in assistant={row.examples[0]!r} (there are {', '.join(row.examples)}); "
+            "to speculate without one, pass proposer=NGramProposer()."
+        )
     place = os.fspath(source) if source is not None else target.name_or_path
     if not place:
         raise UnsupportedModelError(
@@ -145,7 +150,7 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
     if vocabulary is not None:
         _check_vocabulary(vocabulary, int(text_config(target).vocab_size), checkpoint.source)
     head = MTPHead(target, spec, num_layers, vocabulary)
-    head.load_state_dict(read_head(checkpoint, spec, head.num_target_layers, head.state_dict()))
+    head.load_state_dict(read_head(checkpoint, head.spec, head.num_target_layers, head.state_dict()))
     head.num_speculative_tokens = int(checkpoint.config.get("num_speculative_tokens", num_layers))
     return head.eval()
 

@@ -42,6 +42,10 @@ class MTPSpec:
     """What says how many layers the head has; "tensors": a config that has the field promises a head, whatever it counts."""
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Inside the block: (one matrix of some checkpoints, those of the block whose rows it holds, one behind the other)."""
+    interleaved: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Inside the block: (one matrix of the checkpoint, those of the block whose rows take turns in it)."""
+    optional: tuple[str, ...] = ()
+    """Tensors of the block that a checkpoint may leave out; they are then as in a new layer."""
     num_layers_keys: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers")
     """Config fields that count the head's layers; the first one present wins, and where there is none the tensors are counted."""
     ignored: tuple[str, ...] = ()
@@ -53,8 +57,9 @@ class MTPSpec:
     has hyper-connections, the same layer without them."""
     sublayers: str | None = None
     """Config field that lists the layers, by type, of which the block is a row; None: the block is one layer."""
-    depth_types: str | None = None
-    """Config field that lists the layer type of every depth; None: they are all of the type that the block is built as."""
+    depth_types: tuple[tuple[str, str], ...] = ()
+    """(config field with an entry a layer, the field that lists the same for the head's depths): where a config has the latter,
+    it goes before what the block is built as."""
     depth_windows: str | None = None
     """Config field that lists the sliding window of every depth, 0 where it has none; None: those that slide have the target's."""
     block_attributes: tuple[tuple[str, Any], ...] = ()
@@ -78,7 +83,7 @@ class MTPSpec:
     recycle: Literal["normed", "raw", "projected"] = "normed"
     """Which of the head's own outputs feeds the next draft step: after or before `norm_out`, or a projection of its own."""
     kv: Literal["own", "target"] = "own"
-    """Whose keys and values the head reads; "target": it has none, lies in a checkpoint of its own and is given as `assistant=`."""
+    """Whose keys and values the head reads; "target": it has none, and is a checkpoint of its own, given as `assistant=`."""
     positions: Literal["advance", "frozen"] = "advance"
     """Where draft steps stand: each one further, or all at the last position that the target has written."""
     assistants: tuple[str, ...] = ()
@@ -94,8 +99,14 @@ class MTPSpec:
     (what a query may see then ends at the text); or as `index_share_for_mtp_iteration` in the config says."""
     norm_out: Literal["own", "target", "none"] = "own"
     """The norm before the output layer: one of the head's, the target's final one, or none."""
+    norm_out_if: str | None = None
+    """Config field that says whether there is a `norm_out`; None: there is."""
     lm_head: Literal["target", "own"] = "target"
     """Whose output layer; "own": one a depth, named in `names`."""
+    logits_divisor: str | None = None
+    """Config field by which the state is divided before the output layer; what is recycled stays whole."""
+    vocab_key: str | None = None
+    """Config field that counts the tokens which the output layer knows, where it is padded to more."""
     embedding: Literal["target", "own"] = "target"
     """Whose embedding table; "own": named in `names`."""
     zero_first_embedding: bool = False
@@ -144,6 +155,11 @@ class MTPSpec:
         """Where a part lies in a checkpoint with tensors of these names, once per layer: {"model.layers.61.eh_proj."}."""
         pattern = re.compile(re.sub(r"\\{[in]\\}", r"\\d+", re.escape(self.pattern(part))))
         return {match.group() for match in map(pattern.match, names) if match}
+
+    def fitted(self, config: object) -> MTPSpec:
+        """The row for a target's config, which may say that there is no `norm_out`."""
+        has_norm = self.norm_out_if is None or getattr(config, self.norm_out_if)
+        return self if has_norm else self.replace(norm_out="none")
 
     def located(self, names: Collection[str]) -> MTPSpec:
         """The row with the prefix that a checkpoint uses; where it uses none of them, as it is."""

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from .distances import told
 from .errors import UnsupportedModelError
 from .recurrent import KINDS, LayerPlan, kind_of, listening
 from .state import Window
@@ -33,18 +34,29 @@ MIXERS = ("hc_head", "hyper_connection_mixer")
 FINAL_NORMS = ("norm", "norm_f", "hyper_connection_mixer")
 """What models call the norm before their output layer; in Qwen4-exp the mixer, which norms inside, comes last."""
 
-
 DSA = ("deepseek_v32", "glm_moe_dsa", "hy_v4")
-INDEXED = {"indexed_attention": DSA, "deepseek_sparse_attention": DSA, "minimax_m3_sparse": ("minimax_m3_vl_text",)}
+QSA = ("qwen4_exp_text",)
+INDEXED = {
+    "indexed_attention": (*DSA, *QSA),
+    "deepseek_sparse_attention": DSA,
+    "qwen_sparse_attention": QSA,
+    "minimax_m3_sparse": ("minimax_m3_vl_text",),
+}
 """Layer types that choose the keys they attend to (one has another name in transformers 5.17), and the model types whose choice
 was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
 
+
+COMPRESSED = {kind: ("deepseek_v4",) for kind in ("compressed_sparse_attention", "heavily_compressed_attention")}
+"""Layer types that see blocks of tokens compressed into one key, and the model types that do it as the cache does."""
 
 MEDIA = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
 """Config field that names the token which holds the place of an image and the like -> its number in `mm_token_type_ids`."""
 
 MULTIMODAL = ("gemma4", "gemma4_unified")
 """Model types whose images are known to be read exactly: they change embeddings and masks, and no positions."""
+
+MASKS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+"""Types of layers with attention and convolutions -> under which their attention looks up its mask."""
 
 SHARING = ("gemma4_text", "gemma4_unified_text")
 """Model types whose last layers read the keys and values of earlier ones and are known to be exact."""
@@ -112,6 +124,11 @@ def mixer_of(model: PreTrainedModel) -> nn.Module | None:
     return next((parts[name] for name in MIXERS if name in parts), None)
 
 
+def embedding_norm_of(model: PreTrainedModel) -> nn.Module | None:
+    """What norms embeddings before the first layer; None where nothing does, or the embedding itself."""
+    return dict(decoder_of(model).named_children()).get("embed_norm")
+
+
 def rotary_of(model: PreTrainedModel) -> nn.Module | None:
     """What turns positions into rotary embeddings; None in models that know no positions."""
     return dict(decoder_of(model).named_children()).get("rotary_emb")
@@ -133,7 +150,7 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     names = (getattr(config, "layer_types", None) or [])[:num_own] or [
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
-    indexed = [config.model_type in INDEXED.get(name, ()) for name in names]
+    indexed = [config.model_type in (INDEXED | COMPRESSED).get(name, ()) for name in names]
     planned = [name in NO_MIXER or isinstance(layer, LinearAttentionCacheLayerMixin) for name, layer in zip(names, layers, strict=True)]
     known = [one or other for one, other in zip(indexed, planned, strict=True)]
     others = [(name, type(layer)) for name, layer, is_known in zip(names, layers, known, strict=True) if not is_known]
@@ -145,7 +162,7 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
             "full_attention and sliding_attention are known to be exact. Call model.generate() without mtpdecode."
         )
     seeing = [(name, layer) for name, layer in zip(names, layers, strict=True) if isinstance(layer, CacheLayerMixin)]
-    return {name: getattr(layer, "sliding_window", None) for name, layer in seeing}
+    return {MASKS.get(name, name): getattr(layer, "sliding_window", None) for name, layer in seeing}
 
 
 def layer_plans(config: PreTrainedConfig, blocks: Sequence[nn.Module], class_name: str) -> tuple[LayerPlan, ...]:
@@ -154,26 +171,32 @@ def layer_plans(config: PreTrainedConfig, blocks: Sequence[nn.Module], class_nam
     Raises UnsupportedModelError that names the recurrent mixers which are not known to be exact.
     """
     layers, names = DynamicCache(config=config).layers, getattr(config, "layer_types", None) or []
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers) and not set(names) & set(NO_MIXER):
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers) and not set(names) & {*NO_MIXER, *COMPRESSED}:
         return ()
-    return tuple(
-        _recurrent_plan(name, layer, block, class_name)
-        if isinstance(layer, LinearAttentionCacheLayerMixin) and name not in NO_MIXER
-        else LayerPlan(name, keys=isinstance(layer, CacheLayerMixin))
-        for name, layer, block in zip(names, layers, blocks, strict=True)
-    )
+    plans = []
+    for name, layer, block in zip(names, layers, blocks, strict=True):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and name not in NO_MIXER:
+            plans.append(_recurrent_plan(name, layer, block, class_name))
+        elif config.model_type in COMPRESSED.get(name, ()):
+            compressor = block.get_submodule("self_attn.compressor")
+            plans.append(LayerPlan(name, mixer=compressor, block_size=config.compress_rates[name]))
+        else:
+            plans.append(LayerPlan(name, keys=isinstance(layer, CacheLayerMixin)))
+    return tuple(plans)
 
 
 def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.Module, class_name: str) -> LayerPlan:
-    known = [module for module in block.modules() if kind_of(module)]
+    known = [(module, kind) for module in block.modules() if (kind := kind_of(module))]
     if not known:
         found = ", ".join(sorted({type(child).__name__ for child in block.children()}))
         raise UnsupportedModelError(
             f"{class_name} was to be decoded speculatively; its {name} layers are recurrent and made of {found}, none of which is "
             f"known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. Call model.generate() without mtpdecode."
         )
-    mixer = next((module for module in known if (kind := kind_of(module)) and kind.inputs), None)
-    return LayerPlan(name, isinstance(layer, CacheLayerMixin), layer.number_of_states, mixer)
+    mixer = next((module for module, kind in known if kind.inputs), None)
+    blanks = {number: getattr(module, name) for module, kind in known for number, name in kind.blanks}
+    mask = "linear_attention" if name in MASKS else name  # of the convolutions; the attention beside them has one of its own
+    return LayerPlan(mask, isinstance(layer, CacheLayerMixin), layer.number_of_states, mixer, blanks)
 
 
 def num_own_layers(config: PreTrainedConfig, class_name: str) -> int:
@@ -249,6 +272,7 @@ def with_images(window: Window, types: Tensor, config: PreTrainedConfig) -> Wind
     if getattr(config, "use_bidirectional_attention", None) != "vision" or not isinstance(window.mask, dict):
         return window
     image, sliding = (types == 1) | (types == 2), window.mask["sliding_attention"]
+    assert sliding is not None
     begins = image & ~torch.nn.functional.pad(image, (1, -1))
     number = begins.cumsum(-1)
     joined = (number[:, :, None] == number[:, None, :]) & image[:, :, None] & image[:, None, :]
@@ -284,7 +308,8 @@ def forward(
     kept = torch.arange(num_tokens - num_logits, num_tokens, device=window.positions.device)
     tapped_module = mixer_of(model) if hidden == "streams" else final_norm_of(model)
     assert tapped_module is not None  # no head that is fed streams can be built for a target without them
-    with _tap(tapped_module, hidden) as tapped, listening(window.cache):
+    distances = told(decoder_of(model).layers, window.positions)
+    with _tap(tapped_module, hidden) as tapped, listening(window.cache), distances:
         logits = model(
             **inputs,
             **(extra or {}),

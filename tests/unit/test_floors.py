@@ -12,7 +12,7 @@ FLOORS = (
     "sampling stopping families checkpoint target blocks indexer schedule",  # 1  arithmetic and tables that raise our errors
     "acceptance cache head request",  # 2  the parts
     "proposer verifier loading laws",  # 3  the roles, and what fills them
-    "loop tables",  # 4  the loop
+    "loop tables assistant",  # 4  the loop
     "decoder train",  # 5  what people type
     "presets testing llm",  # 6  what is built on the decoder
     "cli",  # 7  the command line
