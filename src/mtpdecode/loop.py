@@ -15,7 +15,7 @@ from .errors import GenerationError
 from .metrics import Metrics
 from .proposer import Proposer
 from .sampling import Sampler
-from .schedule import DraftSchedule
+from .schedule import DraftSchedule, Seen
 from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Verdict
 from .stopping import Stopping
 from .verifier import Verifier
@@ -108,12 +108,13 @@ def decode(
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
-        num_drafted = _next_length(roles.schedule, metrics)
+        begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths))
         state, verdict = decode_round(state, roles, num_drafted, noise, clock)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
         metrics.update(counts, num_drafted, done)
+        roles.schedule.observe(Seen(num_drafted, counts, done, time.perf_counter() - begun, max(lengths)))
         clock.lap("host")
         yield Round([row[:count] for row, count in zip(tokens, counts, strict=True)], done)
         clock.skip()

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from statistics import median_low
+from typing import NamedTuple
 
 from .errors import GenerationError
 from .metrics import Metrics
+
+
+class Seen(NamedTuple):
+    """What a round was like, on the host.
+
+    num_drafted  its K                     counts  per row, the tokens appended; 0 where the row had finished
+    cut          per row, whether its text ended in this round: then its count says nothing about the tokens behind the end
+    seconds      what the round took       num_tokens  the longest row, prompt included
+    """
+
+    num_drafted: int
+    counts: list[int]
+    cut: list[bool]
+    seconds: float
+    num_tokens: int
 
 
 class DraftSchedule(ABC):
@@ -20,6 +38,10 @@ class DraftSchedule(ABC):
     def next_length(self, metrics: Metrics) -> int:
         """One of `choices`, from what the call has seen so far."""
 
+    def observe(self, seen: Seen) -> None:
+        """A round is over."""
+        return
+
 
 class FixedLength(DraftSchedule):
     """The same K every round; 0 is plain decoding."""
@@ -31,13 +53,151 @@ class FixedLength(DraftSchedule):
         return self.choices[0]
 
 
-def schedule_for(num_speculative_tokens: object) -> DraftSchedule:
-    """An int K >= 0 or a DraftSchedule of the user's. Raises GenerationError for anything else."""
+class Outlook(NamedTuple):
+    """What a schedule expects of one K: tokens and seconds a round, and what it has measured (nan: nothing yet).
+
+    rounds  how many of this K it has seen in calls with as many rows and about as long texts
+    """
+
+    num_speculative_tokens: int
+    tokens: float
+    seconds: float
+    measured_tokens: float
+    measured_seconds: float
+    rounds: int
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second and row."""
+        return self.tokens / self.seconds
+
+
+class ExpectedSpeedup(DraftSchedule):
+    """Measures, and drafts as many tokens as promise most tokens a second; none where that is plain decoding.
+
+        tokens of K   E(K) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K        a_k: how often token k is kept once those before it are
+        seconds of K  C(K), the median of the last rounds with as many rows and about as long texts
+        chosen        the K with the largest E(K) / C(K)
+
+    (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) It changes K for a gain of `margin` at least,
+    and tries neighbours of the best K while what that costs, all told, is below `budget` of the time.
+
+    longest  the largest K          start     the K to begin with
+    margin, budget  shares          memory    rounds after which an observation counts for a third
+    """
+
+    def __init__(
+        self, longest: int = 5, start: int = 1, *, margin: float = 0.03, budget: float = 0.01, memory: float = 40.0
+    ) -> None:
+        if not 0 <= start <= longest or longest < 1:
+            raise GenerationError(
+                f"ExpectedSpeedup(longest={longest}, start={start}) was asked for; longest must be at least 1, and start in "
+                "0..longest."
+            )
+        self.choices = tuple(range(longest + 1))
+        self.start, self.margin, self.budget, self.forgetting = start, margin, budget, 1 - 1 / memory
+        self._tried, self._kept = [0.0] * longest, [0.0] * longest
+        self._costs: dict[tuple[int, int], dict[int, deque[float]]] = defaultdict(dict)
+        self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
+        self._place, self._current = (1, 0), start
+        self._seconds, self._spent, self._age = 0.0, 0.0, dict.fromkeys(self.choices, 0)
+
+    def observe(self, seen: Seen) -> None:
+        rows = [(count, cut) for count, cut in zip(seen.counts, seen.cut, strict=True) if count]
+        if not rows:
+            return
+        self._place = (len(seen.counts), seen.num_tokens.bit_length())
+        for count, cut in rows:
+            self._learn(seen.num_drafted, count, cut)
+        appended = sum(count for count, _ in rows) / len(rows)
+        self._costs[self._place].setdefault(seen.num_drafted, deque(maxlen=9)).append(seen.seconds)
+        self._tokens[seen.num_drafted].append(appended)
+        self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
+        self._seconds += seen.seconds
+        if seen.num_drafted != self._current:
+            best = max(each.rate for each in self.outlook())
+            self._spent += max(seen.seconds - appended / best, 0.0)
+
+    def next_length(self, metrics: Metrics) -> int:
+        for k in (self.start, 0):
+            if len(self._measured(k)) < 2:
+                return k
+        outlook = {each.num_speculative_tokens: each for each in self.outlook()}
+        best = max(outlook.values(), key=lambda each: each.rate)
+        if best.rate > (1 + self.margin) * outlook[self._current].rate:
+            self._current = best.num_speculative_tokens
+        return self._explored(outlook)
+
+    def outlook(self) -> list[Outlook]:
+        """What each K promises where the last round was: as many rows, about as long texts."""
+        found, tokens, chance = [], 1.0, 1.0
+        for k in self.choices:
+            if k:
+                chance *= self._rate(k)
+                tokens += chance
+            costs, counts = self._measured(k), self._tokens[k]
+            measured = (sum(counts) / len(counts) if counts else float("nan"), median_low(costs) if costs else float("nan"))
+            found.append(Outlook(k, tokens, self._cost(k), *measured, len(costs)))
+        return found
+
+    def _learn(self, num_drafted: int, count: int, cut: bool) -> None:
+        """A row kept count - 1 draft tokens and, unless its text was cut, refused the next."""
+        last = count - 1 if cut else count
+        for position in range(min(num_drafted, last)):
+            self._tried[position] = self._tried[position] * self.forgetting + 1
+            self._kept[position] = self._kept[position] * self.forgetting + (position < count - 1)
+
+    def _rate(self, k: int) -> float:
+        """a_k: of a position that was hardly tried, about what the one before it has."""
+        believed = 0.5 if k == 1 else self._rate(k - 1)
+        return (self._kept[k - 1] + believed) / (self._tried[k - 1] + 1)
+
+    def _measured(self, k: int) -> deque[float]:
+        """Seconds of the last rounds with this K and as many rows as now, of texts about as long if there were any."""
+        rows, length = self._place
+        places = [place for place, costs in self._costs.items() if place[0] == rows and k in costs]
+        nearest = min(places, key=lambda place: abs(place[1] - length), default=None)
+        return self._costs[nearest][k] if nearest else deque()
+
+    def _cost(self, k: int) -> float:
+        """Seconds of a round: measured, or on the line between (or beyond) the two nearest K that are."""
+        known = {each: median_low(seconds) for each in self.choices if (seconds := self._measured(each))}
+        if k in known or not known:
+            return known.get(k, 1.0)
+        near = sorted(known, key=lambda each: abs(each - k))[:2]
+        if len(near) == 1:
+            return known[near[0]]
+        slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
+        return max(known[near[0]] + slope * (k - near[0]), min(known.values()))
+
+    def _explored(self, outlook: dict[int, Outlook]) -> int:
+        """The current K, or a neighbour that was never tried or not for long, as far as the budget goes."""
+        here = outlook[self._current]
+        due = {k for k, each in outlook.items() if self._age[k] >= EXPLORE_EVERY or not each.rounds}
+        near = [k for k in (self._current + 1, self._current - 1) if k in due]
+        if not near:
+            return self._current
+        tried = max(near, key=lambda k: self._age[k])
+        loss = max(outlook[tried].seconds - outlook[tried].tokens / here.rate, 0.0)
+        return tried if self._spent + loss <= self.budget * self._seconds else self._current
+
+
+EXPLORE_EVERY = 16
+"""Rounds between two tries of the same K."""
+
+
+def schedule_for(num_speculative_tokens: object, start: int = 1) -> DraftSchedule:
+    """An int K >= 0, "auto", or a DraftSchedule of the user's. Raises GenerationError for anything else.
+
+    start  where "auto" begins
+    """
     if isinstance(num_speculative_tokens, DraftSchedule):
         return num_speculative_tokens
+    if num_speculative_tokens == "auto":
+        return ExpectedSpeedup(max(start + 2, 3), start)
     if isinstance(num_speculative_tokens, bool) or not isinstance(num_speculative_tokens, int) or num_speculative_tokens < 0:
         raise GenerationError(
             f"num_speculative_tokens={num_speculative_tokens!r} was asked for; it must be an int of at least 0 "
-            "(0: plain decoding; 1: a good start), or a DraftSchedule."
+            "(0: plain decoding; 1: a good start), 'auto', or a DraftSchedule."
         )
     return FixedLength(num_speculative_tokens)

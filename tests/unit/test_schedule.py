@@ -1,10 +1,14 @@
 """K per round: fixed, or a user's own schedule. Whatever it says, the text stays."""
 
+from collections import Counter
+from math import prod
+from random import Random
+
 import pytest
 import torch
 
 from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics
-from mtpdecode.schedule import schedule_for
+from mtpdecode.schedule import ExpectedSpeedup, Seen, schedule_for
 from tests import tiny
 
 LENGTH = 24
@@ -79,3 +83,75 @@ def test_a_schedule_keeps_to_its_choices():
 
     with pytest.raises(GenerationError, match=r"Lying asked for K=7; its choices are \(1, 2\).*Name every K in choices"):
         tiny.decoder("llama", Lying()).generate(tiny.one([5, 6]), max_new_tokens=4)
+
+
+# ── measured lengths ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def simulated(rates, costs, num_rounds=400, schedule=None, seed=0, noise=0.1):
+    """Rounds whose draft token k is kept with chance rates[k], and that take costs[K] and some noise -> K of every round."""
+    chance, used = Random(seed), []
+    schedule = schedule or ExpectedSpeedup(len(costs) - 1)
+    for number in range(num_rounds):
+        length = schedule.next_length(Metrics(1))
+        count = 1 + next((k for k in range(length) if chance.random() >= rates[k]), length)
+        seconds = costs[length] * (1 + noise * chance.random())
+        schedule.observe(Seen(length, [count], [False], seconds, 100 + number))
+        used.append(length)
+    return used
+
+
+def rate_of(length, rates, costs):
+    """Tokens a second of one K, exactly."""
+    return sum(prod(rates[:k]) for k in range(length + 1)) / costs[length]
+
+
+CHEAP, DEAR = (1, 1.1, 1.2, 1.3, 1.4), (1, 1.6, 1.9, 2.2, 2.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("rates", "costs"),
+    [((0.8, 0.7, 0.6, 0.5), CHEAP), ((0.3,) * 4, CHEAP), ((0.95,) * 4, CHEAP), ((0,) * 4, CHEAP), ((0.5,) * 4, DEAR)],
+)
+def test_the_length_that_pays_most_is_found(rates, costs, seed):
+    used = simulated(rates, costs, seed=seed)
+    found = sum(sum(prod(rates[:k]) for k in range(length + 1)) for length in used) / sum(costs[length] for length in used)
+    best = max(rate_of(length, rates, costs) for length in range(5))
+    assert found > 0.95 * best, f"{found:.3f} tokens a second where {best:.3f} could be had; it drafted {Counter(used)}"
+
+
+def test_a_head_that_is_never_right_is_left_alone():
+    used = simulated((0,) * 4, CHEAP)
+    assert Counter(used[-200:])[0] >= 180, f"{Counter(used[-200:])}"
+    assert sum(length > 0 for length in used[-200:]) > 0, "and yet tried again: the text may change"
+
+
+def test_a_change_of_the_text_is_noticed():
+    schedule = ExpectedSpeedup(4)
+    simulated((0.1,) * 4, DEAR, schedule=schedule)
+    used = simulated((0.95,) * 4, DEAR, schedule=schedule)
+    assert Counter(used[-100:])[4] > 80, f"{Counter(used[-100:])}"
+
+
+def test_rows_that_end_say_nothing_about_what_is_behind_their_end():
+    schedule = ExpectedSpeedup(2)
+    for _ in range(100):
+        schedule.observe(Seen(2, [1, 0], [True, True], 1.0, 10))
+    assert schedule.outlook()[2].tokens == pytest.approx(1.75), "nothing was learnt: a_1 = a_2 = 1/2 as at first"
+
+
+def test_auto_gives_the_same_text():
+    rows = tiny.prompts()
+    expected = [tiny.plain("llama", row, max_new_tokens=LENGTH) for row in rows]
+    decoder = tiny.decoder("llama", "auto")
+    for _ in range(2):
+        sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=LENGTH, do_sample=False)
+        tiny.assert_rows(sequences, 9, expected, "auto")
+    assert len(set(decoder.metrics.drafted)) > 0
+
+
+@pytest.mark.parametrize(("longest", "start"), [(0, 0), (2, 3), (2, -1)])
+def test_a_range_that_is_none(longest, start):
+    with pytest.raises(GenerationError, match="longest must be at least 1"):
+        ExpectedSpeedup(longest, start)
