@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, rotary_angles, stream_norms, sublayer_kinds
+from .distances import told
 from .errors import UnsupportedModelError
 from .indexer import shared_indexers
 from .spec import MTPSpec
 from .state import Window
-from .target import decoder_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
+from .target import MASKS, decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
 """Config fields with one entry a layer."""
@@ -29,6 +30,7 @@ class Shared(NamedTuple):
     lm_head: Any
     rotary: nn.Module | None
     norm: nn.Module
+    embedding_norm: nn.Module | None
 
 
 class MTPLayer(nn.Module):
@@ -46,7 +48,8 @@ class MTPLayer(nn.Module):
         else:
             self.proj = nn.Linear(2 * size, size, bias=has_bias)
         self.block = _new_block(target, spec, config, index)
-        self._layer_type = (getattr(config, "layer_types", None) or [""])[0]
+        types = getattr(config, "layer_types", None) or [""]
+        self._layer_type = types[index] if spec.depth_types else types[0]
         rotary = rotary_of(target)
         self._rotary_by_type = rotary is not None and "layer_type" in signature(rotary.forward).parameters
         if spec.streams is not None:
@@ -66,17 +69,23 @@ class MTPLayer(nn.Module):
         if self.spec.zero_first_embedding:
             embeds = embeds.masked_fill((window.positions == 0)[..., None], 0.0)
         x = self._fused(embeds, hidden)
-        raw = self.block(
-            self._apart(x),
-            attention_mask=window.mask,
-            position_ids=window.positions,
-            past_key_values=window.cache,
-            use_cache=True,
-            position_embeddings=self._rotated(x, window, shared.rotary),
-        )
+        with told([self.block], window.positions):
+            raw = self.block(
+                self._apart(x),
+                attention_mask=self._mask(window),
+                position_ids=window.positions,
+                past_key_values=window.cache,
+                use_cache=True,
+                position_embeddings=self._rotated(x, window, shared.rotary),
+            )
         raw = (raw[0] if isinstance(raw, tuple) else raw).flatten(2)  # some layers return what they looked at as well
         normed = self._normed(raw, shared)
         return normed, normed if self.spec.recycle == "normed" else raw
+
+    def _mask(self, window: Window) -> Any:
+        """The mask of the block's own attention, where depths of several types, or convolutions, have one each."""
+        name = MASKS.get(self._layer_type, self._layer_type)
+        return window.mask[name] if isinstance(window.mask, dict) and name in window.mask else window.mask
 
     def _fused(self, embeds: Tensor, hidden: Tensor) -> Tensor:
         """embeds (B, T, D), hidden (B, T, D) -> (B, T, D); or of every stream, one behind the other."""
@@ -129,11 +138,12 @@ class MTPHead(nn.Module):
         self, target: PreTrainedModel, spec: MTPSpec, num_layers: int = 1, draft_vocabulary: Tensor | None = None
     ) -> None:
         super().__init__()
-        decoder = decoder_of(target)
+        decoder, spec = decoder_of(target), spec.fitted(text_config(target))
         self.spec, self.config = spec, head_config(target, spec, num_layers)
         self.num_speculative_tokens = num_layers
         embedding, lm_head = target.get_input_embeddings(), lm_head_of(target)
-        self._shared = [Shared(embedding, lm_head, rotary_of(target), final_norm_of(target))]  # in a list: not a submodule
+        norms = (final_norm_of(target), embedding_norm_of(target))
+        self._shared = [Shared(embedding, lm_head, rotary_of(target), *norms)]  # in a list: not a submodule
         self.layers = nn.ModuleList([MTPLayer(target, spec, self.config, index) for index in range(num_layers)])
         self.indexers = shared_indexers((layer.block for layer in self.layers), spec, self.config)  # type: ignore[misc]
         self._share_parts()
@@ -148,6 +158,12 @@ class MTPHead(nn.Module):
     def num_layers(self) -> int:
         """How many layers the head has."""
         return len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the output layer knows; it may be padded to more."""
+        unpadded = getattr(self.config, self.spec.vocab_key) if self.spec.vocab_key else None
+        return int(self._shared[0].lm_head.weight.shape[0] if unpadded is None else unpadded)
 
     @property
     def width(self) -> int:
@@ -188,15 +204,19 @@ class MTPHead(nn.Module):
 
     def forward(self, depth: int, embeds: Tensor, hidden: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """One depth over a window: see `MTPLayer.forward`."""
+        if norm := self._shared[0].embedding_norm:
+            embeds = norm(embeds)
         return self.layers[depth](embeds, hidden, window, self._shared[0])  # type: ignore[no-any-return]
 
     def logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """normed (B, D) -> (B, V_draft), over the draft vocabulary."""
+        if self.spec.logits_divisor is not None:
+            normed = normed / getattr(self.config, self.spec.logits_divisor)
         if self.spec.lm_head == "own":
             logits: Tensor = self.layers[depth].lm_head(normed)  # type: ignore[operator]
             return logits if self.draft_vocabulary is None else logits[..., self.draft_vocabulary]
         if self._draft_rows is None:
-            return self._shared[0].lm_head(normed)  # type: ignore[no-any-return]
+            return self._shared[0].lm_head(normed)[..., : self.vocab_size]  # type: ignore[no-any-return]
         return F.linear(normed, self._draft_rows)
 
     def token_ids(self, choices: Tensor) -> Tensor:
@@ -207,8 +227,7 @@ class MTPHead(nn.Module):
         """logits (B, V_draft) -> (B, V), -inf for tokens that are never drafted."""
         if self.draft_vocabulary is None:
             return logits
-        vocab_size = self._shared[0].lm_head.weight.shape[0]
-        full = logits.new_full((*logits.shape[:-1], vocab_size), float("-inf"))
+        full = logits.new_full((*logits.shape[:-1], self.vocab_size), float("-inf"))
         return full.index_copy_(-1, self.draft_vocabulary, logits)
 
 
@@ -227,8 +246,8 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
         setattr(config, key, [value] * num_layers if isinstance(getattr(config, key, None), list) else value)
     if spec.sublayers is not None:
         config.layer_types = sublayer_kinds(config, spec, num_layers)
-    if spec.depth_types is not None:
-        config.layer_types = list(getattr(config, spec.depth_types, None) or config.layer_types)[:num_layers]
+    for key, listed in spec.depth_types:
+        setattr(config, key, list(getattr(config, listed, None) or getattr(config, key))[:num_layers])
     if overridden:  # transformers builds these layers from overrides by number: here all depths have the origin's
         config.per_layer_config = {depth: {name: getattr(origin, name) for name in overridden} for depth in range(num_layers)}
     if getattr(config, "first_k_dense_replace", None) is not None:

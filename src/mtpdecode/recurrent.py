@@ -1,91 +1,133 @@
 """Layers that remember in a state: linear attention, state-space models, short convolutions, for ragged rows without a rollback.
 
 A window starts from the state behind the committed tokens and leaves it as it is. `commit(counts)` keeps, in every row, the first
-counts[b] tokens of the window: the convolution state is a slice of what the window put in, and for the recurrence the mixer's own
-arithmetic is run once more over what its projections put out in the window. No weights are read but the small convolution's.
+counts[b] tokens of the window: the convolution state is a slice of what the window put in, and the recurrence is run once more
+from the old state over what the mixer's projections put out in the window. No weights are read but the small convolution's.
 
 Adding a kind. A mixer that nobody has shown to be exact is refused by name. To show one, add a row to `KINDS`:
 
     mixer     the name of its class
     inputs    its submodules before the recurrence, with weights: what they put out is recorded, and handed back in the replay
     outputs   its submodules behind the recurrence: skipped in the replay, which wants the state alone
-    idle      what `inputs` must put out for a token that leaves the state alone (gates shut, no decay). Without it, the replay runs
-              once for every number of tokens that some row kept: slower for batches, right for any recurrence
+    terms     what a token does to the state, if that fits `Terms`: one short loop then serves all rows at once. Without it the
+              mixer's own forward runs once for every number of tokens that some row kept: slower, and right for any recurrence
 
-and hold it to `tests/property/test_recurrent.py`. A layer with convolutions alone (Inkling) has nothing to replay: its row is the
-name. The mixer is called as `forward(hidden_states, cache_params=...)` and keeps its recurrent state under number 0.
+and hold it to `tests/property/test_recurrent.py`, which takes both ways. A layer with convolutions alone (Inkling) has nothing to
+replay: its row is the name. The mixer is called as `forward(hidden_states, cache_params=...)`, with its state under number 0.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import inf
+from math import expm1, inf, log
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+FEW = 16
+"""Windows of at most so many tokens are replayed token by token; longer ones, of a prompt, by the mixer's own chunks."""
 
-class Idle(NamedTuple):
-    """What a submodule puts out for a token that is not to be remembered.
 
-    width  the mixer's attribute that says how many of the last features; empty: all of them
+class Terms(NamedTuple):
+    """What T tokens do to a state S (B, H, Dk, Dv), one after the other, in float32:
+
+        S <- decay S        then, with beta,    S <- S + key (beta (value - key S))        without,    S <- S + key value
+
+    keys    (B, T, H, Dk)    values  (B, T, H, Dv)
+    decays  (B, T, H), or (B, T, H, Dk) where every channel has its own
+    betas   (B, T, H), or None
     """
 
-    module: str
-    value: float
-    width: str = ""
+    keys: Tensor
+    values: Tensor
+    decays: Tensor
+    betas: Tensor | None = None
+
+    def applied(self, state: Tensor, counts: Tensor) -> Tensor:
+        """The state behind the first counts[b] tokens: to the others the key is 0 and the decay 1."""
+        kept = torch.arange(self.keys.shape[1], device=state.device) < counts[:, None]
+        keys = torch.where(_wide(kept, self.keys), self.keys, 0.0)
+        decays = torch.where(_wide(kept, self.decays), self.decays, 1.0)
+        decays = decays[..., None] if decays.dim() == keys.dim() else decays[..., None, None]
+        for step in range(int(keys.shape[1])):
+            state, key, value = state * decays[:, step], keys[:, step, :, :, None], self.values[:, step, :, None]
+            if self.betas is not None:
+                value = self.betas[:, step, :, None, None] * (value - (state * key).sum(-2, keepdim=True))
+            state = state + key * value
+        return state
 
 
 class RecurrentKind(NamedTuple):
-    """How a class of mixers is replayed: see the head of this file."""
+    """How a class of mixers is replayed: see the head of this file.
+
+    terms   (mixer, what its inputs put out, what came out of its convolution (B, T, C)) -> Terms
+    blanks  (number of a convolution state, attribute that says what stands before the first token), where that is not 0
+    limits  attribute (least, largest): to this the mixer holds the time steps of many tokens, and not that of a single one.
+            Plain decoding so holds the prompt's tokens to it and no others, and so do we, whatever the windows
+    """
 
     mixer: str
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    idle: tuple[Idle, ...] = ()
+    terms: Callable[[Any, Mapping[str, Tensor], Tensor], Terms] | None = None
+    blanks: tuple[tuple[int, str], ...] = ()
+    limits: str = ""
 
 
-DELTA = {
-    "inputs": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-    "outputs": ("norm", "out_proj"),
-    "idle": (Idle("in_proj_b", -inf), Idle("in_proj_a", -inf)),  # beta = sigmoid(b) = 0 and decay = exp(-A softplus(a)) = 1
-}
-KEPT = (Idle("b_proj", -inf), Idle("forget_gate", 0.0))
-"""Kimi delta attention: beta = sigmoid(b) = 0 and decay = exp(0) = 1."""
+def delta_terms(mixer: Any, mixed: Tensor, a: Tensor, b: Tensor) -> Terms:
+    """Gated delta networks. mixed (B, T, C): query, key and value behind the convolution; a, b (B, T, H): the gates."""
+    _, keys, values = torch.split(mixed.float(), [mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
+    keys, values = keys.reshape(*b.shape[:2], -1, mixer.head_k_dim), values.reshape(*b.shape[:2], -1, mixer.head_v_dim)
+    keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
+    decays = torch.exp(-mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias))
+    return Terms(keys.repeat_interleave(mixer.num_v_heads // mixer.num_k_heads, dim=2), values, decays, b.sigmoid().float())
 
+
+def _qwen3_next_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
+    *_, b, a = mixer.fix_query_key_value_ordering(said["in_proj_qkvz"], said["in_proj_ba"])
+    return delta_terms(mixer, mixed, a, b)
+
+
+def _qwen3_5_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
+    return delta_terms(mixer, mixed, said["in_proj_a"], said["in_proj_b"])
+
+
+def _kimi_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
+    """Kimi delta attention: every channel of a key has its own decay."""
+    _, keys, values = (part.unflatten(-1, (-1, mixer.head_dim)) for part in mixed.float().chunk(3, dim=-1))
+    keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
+    return Terms(keys, values, said["forget_gate"].float().exp(), said["b_proj"].sigmoid().float())
+
+
+def _mamba2_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
+    """Mamba-2: a state (B, H, head size, state size) takes in x, as much as the time step says, where B says."""
+    x, where, _ = mixed.float().split([mixer.intermediate_size, *2 * [mixer.n_groups * mixer.ssm_state_size]], dim=-1)
+    where = where.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(mixer.num_heads // mixer.n_groups, dim=2)
+    steps = F.softplus(said["in_proj"][..., -mixer.num_heads :] + mixer.dt_bias).float()
+    return Terms(x.unflatten(-1, (mixer.num_heads, -1)) * steps[..., None], where, torch.exp(-mixer.A_log.float().exp() * steps))
+
+
+DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+KIMI = ("q_proj", "k_proj", "v_proj", "forget_gate", "b_proj")
 KINDS: tuple[RecurrentKind, ...] = (
-    RecurrentKind("Qwen3_5GatedDeltaNet", **DELTA),
-    RecurrentKind("Qwen3_5MoeGatedDeltaNet", **DELTA),
-    RecurrentKind(
-        "Qwen3NextGatedDeltaNet",
-        inputs=("in_proj_qkvz", "in_proj_ba"),
-        outputs=("norm", "out_proj"),
-        idle=(Idle("in_proj_ba", -inf),),
-    ),
-    RecurrentKind(
-        "BailingHybridDeltaAttention",
-        inputs=("q_proj", "k_proj", "v_proj", "forget_gate", "b_proj", "g_proj"),
-        outputs=("o_norm", "o_proj"),
-        idle=KEPT,
-    ),
-    RecurrentKind(
-        "Glm5NextTextLinearAttention",
-        inputs=("q_proj", "k_proj", "v_proj", "forget_gate", "b_proj", "g_a_proj", "g_b_proj"),
-        outputs=("o_norm", "o_proj"),
-        idle=KEPT,
-    ),
-    RecurrentKind(
-        "NemotronHMamba2Mixer",
-        inputs=("in_proj",),
-        outputs=("norm", "out_proj"),
-        idle=(Idle("in_proj", -inf, width="num_heads"),),  # a time step softplus(dt) = 0: nothing decays, nothing is added
-    ),
+    RecurrentKind("InklingShortConvolution"),
+    RecurrentKind("Qwen3NextGatedDeltaNet", ("in_proj_qkvz", "in_proj_ba"), ("norm", "out_proj"), _qwen3_next_terms),
+    RecurrentKind("Qwen3_5GatedDeltaNet", DELTA, ("norm", "out_proj"), _qwen3_5_terms),
+    RecurrentKind("Qwen3_5MoeGatedDeltaNet", DELTA, ("norm", "out_proj"), _qwen3_5_terms),
+    RecurrentKind("Qwen4ExpTextGatedDeltaNet", DELTA, ("norm", "out_proj"), _qwen3_5_terms),
+    RecurrentKind("NemotronHMamba2Mixer", ("in_proj",), ("norm", "out_proj"), _mamba2_terms, limits="time_step_limit"),
+    RecurrentKind("BailingHybridDeltaAttention", (*KIMI, "g_proj"), ("o_norm", "o_proj"), _kimi_terms),
+    RecurrentKind("Glm5NextTextLinearAttention", (*KIMI, "g_a_proj", "g_b_proj"), ("o_norm", "o_proj"), _kimi_terms),
+    RecurrentKind("Qwen4ExpTextNGramEmbedding", blanks=((2, "eos_token_id"),)),  # a convolution's state of token ids
 )
 
 
@@ -95,6 +137,7 @@ class LayerPlan(NamedTuple):
     layer_type  under which the model looks up the layer's mask           keys   whether there are keys and values
     num_states  how many convolution states; 0: it is not recurrent       mixer  whose recurrence is replayed, if any
     blanks      number of a convolution state -> what stands before the first token, where that is not 0
+    block_size  how many tokens `mixer` compresses into one more key, if it does
     """
 
     layer_type: str
@@ -102,6 +145,7 @@ class LayerPlan(NamedTuple):
     num_states: int = 0
     mixer: nn.Module | None = None
     blanks: Mapping[int, float] = {}
+    block_size: int = 0
 
 
 def kind_of(module: nn.Module) -> RecurrentKind | None:
@@ -109,7 +153,15 @@ def kind_of(module: nn.Module) -> RecurrentKind | None:
     return next((kind for kind in KINDS if kind.mixer == type(module).__name__), None)
 
 
-class RecurrentLayer(LinearAttentionCacheLayerMixin):
+class HookedLayer(ABC):
+    """A layer of a cache that needs hooks on the model's own modules while a window goes through them."""
+
+    @abstractmethod
+    def hooks(self) -> list[Any]:
+        """Register them; -> handles, to be removed behind the forward pass."""
+
+
+class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     """The states of one layer, for B rows: what transformers reads is a loan, which models may write into.
 
     A convolution of k inputs has a tape: the k inputs before the window, then the window's. `commit` moves where it starts.
@@ -122,7 +174,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
     """
 
     def __init__(self, plan: LayerPlan) -> None:
-        super().__init__(max(plan.num_states, 1))  # type: ignore[no-untyped-call]
+        super().__init__(max(plan.num_states, 1))
         self.record_past = True  # no model is to write a single token into the state it was lent, if it asks
         self._mixer, self._kind = plan.mixer, kind_of(plan.mixer) if plan.mixer is not None else None
         self._blanks = plan.blanks
@@ -131,9 +183,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         self._state: Tensor | None = None
         self.open(0)
 
-    def open(self, num_tokens: int, offset: Tensor | None = None, counts: Tensor | None = None) -> None:
-        """A window of so many tokens begins, `offset` (B,) behind what is committed; counts (B,) of them will stay, if known."""
-        self._num_tokens, self._offset, self._counts = num_tokens, offset, counts
+    def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:
+        """A window of so many tokens begins, `offset` (B,) behind what is committed; the first prompt (B,) are of the prompt."""
+        self._num_tokens, self._offset, self._prompt = num_tokens, offset, prompt
         self._recorded: dict[str, Tensor] = {}
         self._input: Tensor | None = None
         self._seen: set[int] = set()
@@ -218,56 +270,100 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
 
     def hooks(self) -> list[Any]:
         """Listen to the mixer's projections; -> handles, to be removed behind the forward pass."""
-        names = self._kind.inputs if self._kind else ()
-        modules = dict(self._mixer.named_children()) if self._mixer is not None else {}
-        return [modules[name].register_forward_hook(partial(self._hear, name)) for name in names]
+        mixer, kind = self._mixer, self._kind
+        if mixer is None or kind is None:
+            return []
+        modules, limits = dict(mixer.named_children()), _Unlimited(mixer, kind.limits) if kind.limits else None
+        handles = [modules[name].register_forward_hook(partial(self._hear, name, limits)) for name in kind.inputs]
+        return handles + ([limits] if limits else [])
 
-    def _hear(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._recorded[name], self._input = output, inputs[0]
+    def _hear(
+        self, name: str, limits: _Unlimited | None, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        limited = None if limits is None or self._prompt is None else limits.applied(output, self._prompt.to(output.device))
+        self._recorded[name], self._input = output if limited is None else limited, inputs[0]
+        return limited
 
     def _kept(self, counts: Tensor, state: Tensor, end: Tensor) -> Tensor:
-        """The state behind the first counts[b] tokens of the window."""
-        some = (counts > 0).view(-1, *[1] * (state.dim() - 1))
-        if self._num_tokens == 1 or bool((counts == self._num_tokens).all()):  # a host read, where the host reads counts anyway
-            return torch.where(some, end, state)
-        assert self._kind is not None
-        if self._kind.idle:
-            return self._replayed(self._num_tokens, counts)
-        for length in sorted(set(counts.tolist()) - {0}):
-            state = torch.where((counts == length).view(some.shape), self._replayed(length), state)
+        """The state behind the first counts[b] tokens of the window, which began with `state` and ended in `end`."""
+        kind, whole = self._kind, counts == self._num_tokens
+        assert kind is not None
+        if self._num_tokens == 1 or bool(whole.all()):  # a read by the host, which reads the counts anyway
+            return torch.where(_wide(whole, state), end, state)
+        if kind.terms is not None and self._num_tokens <= FEW:
+            return kind.terms(self._mixer, self._recorded, self._convolved()).applied(state.float(), counts).to(state.dtype)
+        state = torch.where(_wide(whole, state), end, state)
+        for length in sorted(set(counts.tolist()) - {0, self._num_tokens}):
+            rows = (counts == length).nonzero()[:, 0]
+            state = state.index_copy(0, rows, self._replayed(rows, length))
         return state
 
-    def _replayed(self, length: int, counts: Tensor | None = None) -> Tensor:
-        """The state behind the first `length` tokens of the window, of which those from counts[b] on leave it alone."""
+    def _convolved(self) -> Tensor:
+        """(B, T, C) what the mixer's convolution made of the window."""
+        mixer: Any = self._mixer
+        inputs = self._tapes[0][..., 1:]
+        outputs = F.conv1d(inputs.to(mixer.conv1d.weight.dtype), mixer.conv1d.weight, mixer.conv1d.bias, groups=inputs.shape[1])
+        return ACT2FN[mixer.activation](outputs).to(inputs.dtype).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _replayed(self, rows: Tensor, length: int) -> Tensor:
+        """The state of some rows behind the first `length` tokens of the window, by the mixer's own forward."""
         mixer, kind = self._mixer, self._kind
-        assert mixer is not None and kind is not None and self._input is not None
-        stand_ins: dict[str, Any] = {name: _said(output[:, :length]) for name, output in self._recorded.items()}
-        for idle in kind.idle if counts is not None else ():
-            stand_ins[idle.module] = _said(_idled(self._recorded[idle.module], counts, idle, mixer))
+        assert mixer is not None
+        assert kind is not None
+        assert self._input is not None
+        stand_ins: dict[str, Any] = dict.fromkeys(kind.outputs, _passed)
+        stand_ins |= {name: _returning(output[rows, :length]) for name, output in self._recorded.items()}
         twin = copy.copy(mixer)
-        twin._modules = {**mixer._modules, **stand_ins, **dict.fromkeys(kind.outputs, _passed)}
-        states = self._states_before()
-        type(mixer).forward(twin, self._input[:, :length], cache_params=Cache(layers=[states] * (int(mixer.layer_idx) + 1)))  # type: ignore[arg-type]
+        if kind.limits:
+            _Unlimited(twin, kind.limits)  # what it is handed is within the limits where it is to be
+        twin._modules = {**mixer._modules, **stand_ins}
+        states, index = self._states_before(rows), int(mixer.layer_idx)  # type: ignore[arg-type]
+        type(mixer).forward(twin, self._input[rows, :length], cache_params=Cache(layers=[states] * (index + 1)))
         result = states.recurrent_states[0]
         assert result is not None
         return result
 
-    def _states_before(self) -> LinearAttentionLayer:
+    def _states_before(self, rows: Tensor) -> LinearAttentionLayer:
         """What the window began with, for a mixer to write into."""
-        states = LinearAttentionLayer()  # type: ignore[no-untyped-call]
+        states = LinearAttentionLayer()
         states.record_past = True
         for index, tape in self._tapes.items():
-            states.conv_states[index] = tape[..., : self.conv_kernel_size[index]].clone()
-        states.recurrent_states[0] = None if self._state is None else self._state.clone()
+            states.conv_states[index] = tape[rows][..., : self.conv_kernel_size[index]]
+        states.recurrent_states[0] = None if self._state is None else self._state[rows]
         for flags in (states.is_conv_states_initialized, states.is_recurrent_states_initialized, states.has_previous_state):
             flags[0] = True
         return states
 
 
+class _Unlimited:
+    """A mixer that holds no time step to its limits, until they are put back by `remove`."""
+
+    def __init__(self, mixer: Any, attribute: str) -> None:
+        self.mixer, self.attribute, self.limits = mixer, attribute, getattr(mixer, attribute)
+        setattr(mixer, attribute, (0.0, inf))
+
+    def remove(self) -> None:
+        setattr(self.mixer, self.attribute, self.limits)
+
+    def applied(self, output: Tensor, prompt: Tensor) -> Tensor:
+        """output (B, T, F), whose last features are time steps before the softplus, within the limits in the first prompt (B,)."""
+        bias = self.mixer.dt_bias
+        least, largest = (_before_softplus(limit) - bias for limit in self.limits)
+        rest, steps = output[..., : -len(bias)], output[..., -len(bias) :]
+        within = torch.minimum(torch.maximum(steps, least), largest).to(steps.dtype)
+        held = torch.arange(output.shape[1], device=output.device) < prompt[:, None]
+        return torch.cat([rest, torch.where(held[..., None], within, steps)], dim=-1)
+
+
+def _before_softplus(value: float) -> float:
+    """What softplus makes this value of."""
+    return value + log(-expm1(-value)) if value else -inf
+
+
 @contextmanager
 def listening(cache: Cache) -> Iterator[None]:
-    """What mixers put out in here is recorded by the recurrent layers of a cache."""
-    layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    """In here, what mixers put out is heard by the layers of a cache."""
+    layers = [layer for layer in cache.layers if isinstance(layer, HookedLayer)]
     handles = [handle for layer in layers for handle in layer.hooks()]
     try:
         yield
@@ -287,17 +383,12 @@ def _taken(tape: Tensor, starts: Tensor, size: int) -> Tensor:
     return _gathered(tape, starts[:, None] + torch.arange(size, device=tape.device))
 
 
-def _idled(output: Tensor, counts: Tensor | None, idle: Idle, mixer: nn.Module) -> Tensor:
-    """output (B, T, ..., F) with the idle value in the tokens from counts[b] on, in all features or in the last ones."""
-    assert counts is not None
-    refused = torch.arange(output.shape[1], device=output.device) >= counts[:, None]
-    features = torch.arange(output.shape[-1], device=output.device)
-    width = getattr(mixer, idle.width) if idle.width else output.shape[-1]
-    where = refused.view(*refused.shape, *[1] * (output.dim() - 2)) & (features >= output.shape[-1] - width)
-    return output.masked_fill(where, idle.value)
+def _wide(rows: Tensor, like: Tensor) -> Tensor:
+    """rows (B,) or (B, T) with axes behind, as many as `like` has."""
+    return rows.view(*rows.shape, *[1] * (like.dim() - rows.dim()))
 
 
-def _said(output: Tensor) -> Callable[..., Tensor]:
+def _returning(output: Tensor) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: output
 
 
