@@ -115,10 +115,11 @@ class Twin:
     """transformers' MtpModel around a copy of a target. It knows no recurrent reuse: deeper steps take its last layer one by one.
 
     layers        per MTP layer, {our part: its tensors}        hidden   which of the target's hidden states is fed
-    hidden_first  the order inside the projection               types    the attention type of every MTP layer; None: the base's last
+    hidden_first  the order inside the projection
+    types         the attention type of every MTP layer; None: the base's last one        mlp_types   the same of MLPs
     """
 
-    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None):
+    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None, mlp_types=None):
         self.main, self.depth, self.hidden = copy.deepcopy(model), len(layers), hidden
         config = self.main.config.get_text_config()
         config.num_mtp_layers = self.depth
@@ -128,7 +129,7 @@ class Twin:
         if getattr(config, "layer_types", None):
             config.mtp_layer_types = [types or config.layer_types[-1]] * self.depth
         if getattr(config, "mlp_layer_types", None):
-            config.mtp_mlp_layer_types = [config.mlp_layer_types[-1]] * self.depth
+            config.mtp_mlp_layer_types = [mlp_types or config.mlp_layer_types[-1]] * self.depth
         self.mtp = MtpModel(self.main, self.depth).eval()
         for theirs, parts in zip(self.mtp.layers, layers, strict=True):
             theirs.mtp_block.load_state_dict(parts["block"])

@@ -10,6 +10,10 @@ LAYOUT = deepseek_layout()
 LARGE = {"num_hidden_layers": 3, "use_qk_norm": True, "attention_bias": True}
 
 
+def large():
+    return tiny.fill(tiny.build("glm4_moe", **LARGE), seed=1)
+
+
 def two(settings):
     return settings | {"num_nextn_predict_layers": 2}
 
@@ -19,7 +23,7 @@ CASES = [
     Case(
         "glm4_moe",
         "glm4_moe-large-2",
-        partial(tiny.build, "glm4_moe", **LARGE),
+        large,
         LAYOUT.published,
         twin_of(LAYOUT, 2),
         config=two,

@@ -1,6 +1,8 @@
 """Mellum 2: Qwen's names around a layer with a sliding window and experts, although the base's last layer sees everything."""
 
 
+from functools import partial
+
 from transformers import MellumConfig, MellumForCausalLM
 
 from tests import tiny
@@ -20,17 +22,14 @@ SETTINGS = tiny.DENSE | {
 }
 
 
+FULL = {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["dense"]}
+
+
 def build(**changes):
     return tiny.fill(MellumForCausalLM(MellumConfig(**(SETTINGS | changes))).eval(), seed=0)
 
 
-def sliding(settings):
-    """As published: the types are there to be read, and they are the default."""
-    return settings | {"num_nextn_predict_layers": 1, "mtp_layer_types": ["sliding_attention"], "mtp_mlp_layer_types": ["sparse"]}
-
-
-def full(settings):
-    return settings | {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["dense"]}
-
-
-CASES = [Case("mellum", "mellum", build, LAYOUT.published, twin_of(LAYOUT, types="sliding_attention"), sliding)]
+CASES = [
+    Case("mellum", "mellum", build, LAYOUT.published, twin_of(LAYOUT, types="sliding_attention")),
+    Case("mellum", "mellum-full", partial(build, **FULL), LAYOUT.published, twin_of(LAYOUT, mlp_types="dense")),
+]
