@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from transformers import DynamicCache
 
 from mtpdecode import CacheError, CropCache, RaggedCache, UnsupportedModelError
@@ -112,9 +111,9 @@ ROUNDS = [[0.7, 0.3, 1.0], [1.0, 0.0, 1.0], [0.7, 0.3, 0.0], [0.3, 0.7, 1.0], [0
 
 
 @NAMES
-def test_a_kind_without_idle_values_is_replayed_by_lengths(name, monkeypatch):
-    """The slower replay, for recurrences that no gate can still, comes to the same."""
-    monkeypatch.setattr(module, "KINDS", tuple(kind._replace(idle=()) for kind in module.KINDS))
+def test_the_mixers_own_forward_comes_to_the_same(name, monkeypatch):
+    """The slower replay, for recurrences that no short loop describes."""
+    monkeypatch.setattr(module, "KINDS", tuple(kind._replace(terms=None) for kind in module.KINDS))
     model, texts = model_of(name), texts_for()
     manager = manager_of(model)
     error, where = largest_error(model, manager, texts, walk(model, manager, texts, ROUNDS))
@@ -124,17 +123,24 @@ def test_a_kind_without_idle_values_is_replayed_by_lengths(name, monkeypatch):
 # ── faults that the sentence above must see ─────────────────────────────────────────────────────────────────────────────────
 
 
-def nothing_idle(monkeypatch):
-    monkeypatch.setattr(module, "_idled", lambda output, *_: output)
+def nothing_refused(monkeypatch):
+    applied = module.Terms.applied
+    monkeypatch.setattr(module.Terms, "applied", lambda self, state, counts: applied(self, state, counts * 0 + 99))
 
 
 def one_too_many(monkeypatch):
-    idled = module._idled
-    monkeypatch.setattr(module, "_idled", lambda output, counts, *rest: idled(output, counts + 1, *rest))
+    applied = module.Terms.applied
+    monkeypatch.setattr(module.Terms, "applied", lambda self, state, counts: applied(self, state, counts + 1))
 
 
-def half_of_the_gates(monkeypatch):
-    monkeypatch.setattr(module, "KINDS", tuple(kind._replace(idle=kind.idle[:-1]) for kind in module.KINDS))
+def no_decay(monkeypatch):
+    applied = module.Terms.applied
+    monkeypatch.setattr(module.Terms, "applied", lambda self, *rest: applied(self._replace(decays=self.decays**0), *rest))
+
+
+def other_rows(monkeypatch):
+    replayed = RecurrentLayer._replayed
+    monkeypatch.setattr(RecurrentLayer, "_replayed", lambda self, rows, length: replayed(self, (rows + 1) % 3, length))
 
 
 def the_windows_end(monkeypatch):
@@ -146,11 +152,7 @@ def a_late_convolution(monkeypatch):
     monkeypatch.setattr(module, "_taken", lambda tape, starts, size: taken(tape, (starts - 1).clamp(min=0), size))
 
 
-def no_loan(monkeypatch):
-    monkeypatch.setattr(RecurrentLayer, "_states_before", lambda self: self)
-
-
-FAULTS = (nothing_idle, one_too_many, half_of_the_gates, the_windows_end, a_late_convolution)
+FAULTS = (nothing_refused, one_too_many, no_decay, other_rows, the_windows_end, a_late_convolution)
 
 
 @pytest.mark.parametrize("plant", FAULTS)
@@ -197,7 +199,7 @@ def test_the_drawing_of_the_tape():
 
 def test_a_model_that_writes_into_its_loan():
     """Single tokens reach some mixers' states in place: the committed state stays, until the token is committed."""
-    mixer = nn.Module()
+    mixer = qwen3_5.build().model.layers[0].linear_attn
     layer = RecurrentLayer(LayerPlan("linear", keys=False, num_states=1, mixer=mixer))
     layer.open(2)
     layer.update_conv_state(torch.tensor([[[1.0, 2.0]]]), conv_kernel_size=2)
@@ -220,11 +222,13 @@ def test_a_model_that_writes_into_its_loan():
 
 def test_a_mixer_nobody_has_shown_to_be_exact_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("mtpdecode.target.kind_of", lambda _: None)
-    with pytest.raises(UnsupportedModelError, match=r"linear_attention layers .* Qwen3_5GatedDeltaNet.*known to be exact; these are"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"linear_attention layers .* Qwen3_5GatedDeltaNet.*known to be exact"
+    ):
         manager_of(model_of("qwen3_5"))
 
 
 def test_states_cannot_be_cropped():
     layout = manager_of(model_of("qwen3_5")).layout
-    with pytest.raises(CacheError, match=r"layers of type linear_attention; a state cannot be cropped\. Use RaggedCache"):
+    with pytest.raises(CacheError, match=r"layers of type linear_attention; a state cannot be cropped"):
         CropCache(layout, 3, 1, torch.device("cpu"))
