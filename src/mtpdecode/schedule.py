@@ -149,8 +149,8 @@ class ExpectedSpeedup(DraftSchedule):
 
     def _rate(self, k: int) -> float:
         """a_k: of a position that was hardly tried, about what the one before it has."""
-        believed = 0.5 if k == 1 else self._rate(k - 1)
-        return (self._kept[k - 1] + believed) / (self._tried[k - 1] + 1)
+        believed, weight = (0.5, 1) if k == 1 else (self._rate(k - 1), 3)
+        return (self._kept[k - 1] + weight * believed) / (self._tried[k - 1] + weight)
 
     def _measured(self, k: int) -> deque[float]:
         """Seconds of the last rounds with this K and as many rows as now, of texts about as long if there were any."""
