@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .cache import KVCacheManager
 from .sampling import Sampler
 from .state import DecodeState, Draft, Prompt
-from .target import embedded, forward, text_config, with_images
+from .target import Hidden, embedded, forward, text_config, with_images
 
 
 class Verifier:
@@ -26,7 +26,7 @@ class Verifier:
         target: PreTrainedModel,
         cache: KVCacheManager,
         sampler: Sampler,
-        hidden: Literal["post_norm", "pre_norm"],
+        hidden: Hidden,
         prompt: Prompt,
     ) -> None:
         self.target, self.cache, self.sampler, self.hidden, self.prompt = target, cache, sampler, hidden, prompt
