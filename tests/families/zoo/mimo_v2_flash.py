@@ -31,8 +31,8 @@ AROUND = {"norm_embed": "enorm", "norm_hidden": "hnorm", "proj": "eh_proj", "nor
 BLOCK = {"post_attention_layernorm.": "pre_mlp_layernorm.", "self_attn.sinks": "self_attn.attention_sink_bias"}
 
 
-def build():
-    return tiny.fill(MiMoV2FlashForCausalLM(MiMoV2FlashConfig(**SETTINGS)).eval(), seed=0)
+def build(**changes):
+    return tiny.fill(MiMoV2FlashForCausalLM(MiMoV2FlashConfig(**(SETTINGS | changes))).eval(), seed=0)
 
 
 def published(head, _model, fused=False):
