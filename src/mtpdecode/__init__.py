@@ -28,9 +28,11 @@ from .proposer import MTPProposer as MTPProposer
 from .proposer import NGramProposer as NGramProposer
 from .proposer import Proposer as Proposer
 from .schedule import DraftSchedule as DraftSchedule
+from .schedule import ExpectedSpeedup as ExpectedSpeedup
 from .schedule import FixedLength as FixedLength
 from .spec import MTPSpec as MTPSpec
 from .state import Draft as Draft
 from .verifier import Verifier as Verifier
+from .vocabulary import DraftVocabulary as DraftVocabulary
 
 __version__ = "0.1.0"

@@ -43,6 +43,7 @@ from .spec import MTPSpec
 from .state import Noise, Purpose
 from .target import check_attention, decoder_of, evaluating, layer_plans, layer_windows, text_config, training_modules
 from .verifier import Verifier
+from .vocabulary import DraftVocabulary, draft_ids
 
 CacheFactory = Callable[[CacheLayout, int, int, torch.device], KVCacheManager]
 PREFILL_CHUNK = 2048
@@ -87,6 +88,13 @@ class Options(NamedTuple):
         return self.acceptance if isinstance(self.acceptance, Acceptance) else acceptance_named(self.acceptance)
 
 
+HOW_TO_BUILD = (
+    *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
+    "draft_vocabulary",
+)
+"""The keywords of `MTPDecoder.from_model`."""
+
+
 class MTPDecoder:
     """Decodes a causal language model with its own MTP head: several tokens per forward pass, the same law.
 
@@ -117,6 +125,7 @@ class MTPDecoder:
         draft_sampling: DraftSampling = "sample",
         acceptance: str | Acceptance = "standard",
         cache: CacheFactory = RaggedCache,
+        draft_vocabulary: DraftVocabulary | Tensor | Sequence[int] | int | None = None,
     ) -> MTPDecoder:
         """Find the target's family, read the head's weights once, build the roles.
 
@@ -128,6 +137,7 @@ class MTPDecoder:
         draft_sampling          when sampling: "sample" draws drafts from the head's law, "greedy" takes its likeliest token
         acceptance              "standard", "block", "coupled", or an Acceptance
         cache                   RaggedCache, CropCache, or a factory of one's own
+        draft_vocabulary        the only ids that are drafted: a `DraftVocabulary`, a list, or how many from the first on. Lossless
 
         Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
         """
@@ -135,7 +145,9 @@ class MTPDecoder:
         if assistant is not None:
             _check_alone(head=head, spec=spec, proposer=proposer)
             proposer = AssistantProposer(assistant_for(target, assistant))
-        proposer = proposer or MTPProposer(head_for(target, head, spec))
+        if proposer is not None and draft_vocabulary is not None:
+            raise GenerationError("draft_vocabulary= narrows what a head drafts; with proposer= or assistant= there is none.")
+        proposer = proposer or MTPProposer(_restricted(head_for(target, head, spec), draft_vocabulary))
         suits = _suits(proposer)
         schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens)
         options = Options(schedule, draft_sampling, acceptance).replaced({})
@@ -144,8 +156,7 @@ class MTPDecoder:
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> MTPDecoder:
         """Target and head from one checkpoint. Takes what `from_model` takes; the rest goes to transformers' from_pretrained."""
-        ours = ("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache")
-        settings = {name: kwargs.pop(name) for name in ours if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in HOW_TO_BUILD if name in kwargs}
         target = load_target(path_or_repo, **kwargs)
         if not {"proposer", "assistant"} & settings.keys():
             settings.setdefault("head", os.fspath(path_or_repo))
@@ -341,6 +352,10 @@ def _suits(proposer: Proposer) -> int:
     if isinstance(proposer, AssistantProposer):
         return proposer.assistant.num_speculative_tokens
     return proposer.head.num_speculative_tokens if isinstance(proposer, MTPProposer) else 3
+
+
+def _restricted(head: MTPHead, asked: DraftVocabulary | Tensor | Sequence[int] | int | None) -> MTPHead:
+    return head if asked is None else head.restricted(draft_ids(asked, int(head.config.vocab_size)))
 
 
 def _check_streamer(rows: list[list[int]]) -> None:

@@ -147,12 +147,10 @@ class MTPHead(nn.Module):
         self.layers = nn.ModuleList([MTPLayer(target, spec, self.config, index) for index in range(num_layers)])
         self.indexers = shared_indexers((layer.block for layer in self.layers), spec, self.config)  # type: ignore[misc]
         self._share_parts()
-        self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         weight = lm_head.weight
         self.to(device=weight.device, dtype=weight.dtype)
         _restore_dtypes([layer.block for layer in self.layers], decoder.layers[self.config.block_origin], weight.dtype)  # type: ignore
-        rows = None if self.draft_vocabulary is None else weight.detach()[self.draft_vocabulary]
-        self.register_buffer("_draft_rows", rows, persistent=False)
+        self._restrict(draft_vocabulary)
 
     @property
     def num_layers(self) -> int:
@@ -189,6 +187,20 @@ class MTPHead(nn.Module):
     def num_target_layers(self) -> int:
         """How many layers the target has."""
         return self.config.num_target_layers  # type: ignore[no-any-return]
+
+    def restricted(self, draft_vocabulary: Tensor | None) -> MTPHead:
+        """The same head, with the same weights, that drafts over draft_vocabulary (n,) int64 only; None: over all ids."""
+        head = copy.copy(self)
+        head._buffers = dict(self._buffers)
+        head._restrict(draft_vocabulary)
+        return head
+
+    def _restrict(self, draft_vocabulary: Tensor | None) -> None:
+        weight = self._shared[0].lm_head.weight.detach()
+        ids = None if draft_vocabulary is None else draft_vocabulary.to(weight.device)
+        self.register_buffer("draft_vocabulary", ids, persistent=False)
+        own = self.spec.lm_head == "own"
+        self.register_buffer("_draft_rows", None if ids is None or own else weight[ids], persistent=False)
 
     def _share_parts(self) -> None:
         """Depths that the checkpoint gives one tensor have one module."""
