@@ -118,10 +118,12 @@ def build_head(model, spec, num_layers=1, **kwargs):
                 layer.proj.weight.copy_(torch.cat([parts[part] for part in order], dim=1))
             for block in getattr(layer.block, "layers", [layer.block]):  # a block may be a row of the target's layers
                 block.load_state_dict(_last_of_each(model, block))
-            if spec.norm_out == "own":
+            if head.spec.norm_out == "own":
                 layer.norm_out.load_state_dict(final_norm_of(model).state_dict())
             if spec.proj_bias and spec.combine != "sum" and layer.proj.bias is not None:
                 layer.proj.bias.copy_(0.1 * torch.randn(SIZE, generator=generator))
+            if spec.embedding == "own":
+                layer.embedding.load_state_dict(model.get_input_embeddings().state_dict())
             if spec.lm_head == "own":
                 layer.lm_head.load_state_dict(model.get_output_embeddings().state_dict())
             for own in layer.parameters():

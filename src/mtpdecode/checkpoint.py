@@ -297,6 +297,7 @@ def _check_names(checkpoint: Checkpoint, spec: MTPSpec, num_target_layers: int, 
             f"({', '.join(sorted(p + '*' for p in prefixes))}): fine-tuning, merging or quantising often drops them. "
             "Take the head from the original checkpoint: MTPDecoder.from_model(model, head='ORIGINAL/REPOSITORY')."
         )
+    present |= needed & checkpoint.files.keys()  # a part may lie elsewhere, among what is the target's
     problems = _listed("missing", needed - present) + _listed("surplus", present - needed)
     if problems:
         raise HeadWeightsError(_disagreement(checkpoint, problems))

@@ -30,6 +30,7 @@ class MTPSpec:
     proj_embed and proj_hidden where their results are added; mixer, or its tensors one by one ("mixer.hc_fn").
 
     An entry for "block" says where the block lies under the prefix; without one, everything else under the prefix is the block's.
+    A name with "../" in front lies that much higher than the prefix.
     What has neither `{i}` nor `{n}` in prefix and name is one tensor that all depths share.
     """
     other_prefixes: tuple[str, ...] = ()
@@ -140,7 +141,14 @@ class MTPSpec:
         """Where a part lies in a checkpoint: "norm_embed" -> "model.layers.{n}.enorm.", "block" -> "model.layers.{n}."."""
         theirs = {ours: name + "." for name, ours in self.names}
         scattered = any(ours.startswith(part + ".") for ours in theirs)
-        return self.prefix + (theirs.get(part, "") if part == "block" or scattered else theirs[part])
+        return self._at(theirs.get(part, "") if part == "block" or scattered else theirs[part])
+
+    def _at(self, name: str) -> str:
+        """A name under the prefix; what it begins with "../" for lies one part higher: model.layers.{n}. and ../../a -> model.a"""
+        prefix = self.prefix
+        while name.startswith("../"):
+            prefix, name = prefix.rstrip(".").rpartition(".")[0] + ".", name.removeprefix("../")
+        return prefix + name
 
     def tensor_pattern(self, part: str, rest: str) -> str:
         """Where one tensor lies: ("norm_embed", "weight") -> "model.layers.{n}.enorm.weight"."""

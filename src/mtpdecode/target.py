@@ -34,7 +34,7 @@ MIXERS = ("hc_head", "hyper_connection_mixer")
 FINAL_NORMS = ("norm", "norm_f", "hyper_connection_mixer")
 """What models call the norm before their output layer; in Qwen4-exp the mixer, which norms inside, comes last."""
 
-DSA = ("deepseek_v32", "glm_moe_dsa", "hy_v4")
+DSA = ("deepseek_v32", "glm_moe_dsa", "dots3_note_text", "hy_v4")
 QSA = ("qwen4_exp_text",)
 INDEXED = {
     "indexed_attention": (*DSA, *QSA),
