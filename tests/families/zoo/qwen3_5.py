@@ -1,8 +1,16 @@
-"""Qwen3.5: three gated delta networks to one gated full attention, dense, alone and inside a model that reads images too."""
+"""Qwen3.5: gated delta networks and, every few layers, gated full attention; dense, tied or not, and as published with vision.
 
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+The head's block is full attention, and lies under `mtp.` beside a base that lies under `model.language_model.`.
+"""
+
+from functools import partial
+
+import torch
+from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
 from tests import tiny
+from tests.families.layouts import qwen_layout, twin_of
+from tests.families.zoo import Case
 
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -10,13 +18,70 @@ LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 4,
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }
-GATED = {"head_dim": 16, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
-SETTINGS = tiny.DENSE | LINEAR | GATED | {"num_hidden_layers": 3}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+SETTINGS = tiny.DENSE | LINEAR | {"rope_parameters": MROPE}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": tiny.SIZE,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+LAYOUT = qwen_layout()
 
 
-def build(**changes):
-    return tiny.fill(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(SETTINGS | changes))).eval())
+def centred(model):
+    """Norms of this family scale by 1 + w, and `tiny.fill` takes them for norms that scale by w."""
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.weight -= 1
+    return model
 
 
-CASES = []
+def build(seed=0, **changes):
+    return centred(tiny.fill(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(SETTINGS | changes))).eval(), seed))
+
+
+def tied(strength=0.3):
+    """A tied output layer cannot lean towards a circle by itself: the last MLP looks the follower up, a neuron a token."""
+    model, generator = build(tie_word_embeddings=True), torch.Generator().manual_seed(0)
+    table, mlp = model.get_input_embeddings().weight, model.model.layers[-1].mlp
+    with torch.no_grad():
+        table.copy_(torch.randn(table.shape, generator=generator))
+        circle = torch.randperm(tiny.VOCAB - 3, generator=generator) + 3
+        follower = torch.arange(tiny.VOCAB)
+        follower[circle] = circle.roll(-1)
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight[: tiny.VOCAB] = table * tiny.SIZE**-0.5
+        mlp.down_proj.weight[:, : tiny.VOCAB] = strength * table[follower].T
+    return model
+
+
+def wrapped(seed=0):
+    """The class that reads images too, around the same text model."""
+    config = Qwen3_5Config(text_config=SETTINGS, vision_config=VISION, image_token_id=3, video_token_id=4)
+    return centred(tiny.fill(Qwen3_5ForConditionalGeneration(config).eval(), seed))
+
+
+def published_config(settings):
+    """The number of MTP layers, where the published config.json has it: beside the other settings of the text model."""
+    settings.get("text_config", settings).update(mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False)
+    return settings
+
+
+CASE = partial(
+    Case,
+    "qwen3_5",
+    published=LAYOUT.published,
+    drafts=twin_of(LAYOUT, types="full_attention"),
+    config=published_config,
+    crop=False,
+)
+CASES = [CASE("qwen3_5", build), CASE("qwen3_5-tied", tied), CASE("qwen3_5-vision", wrapped)]
