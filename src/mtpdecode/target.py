@@ -158,8 +158,9 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     unknown |= {kind.__name__ for _, kind in others if kind not in (DynamicLayer, DynamicSlidingWindowLayer)}
     if unknown:
         raise UnsupportedModelError(
-            f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and only "
-            "full_attention and sliding_attention are known to be exact. Call model.generate() without mtpdecode."
+            f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and in a model of type "
+            f"{config.model_type} only full_attention and sliding_attention are known to be exact. Call model.generate() without "
+            "mtpdecode."
         )
     seeing = [(name, layer) for name, layer in zip(names, layers, strict=True) if isinstance(layer, CacheLayerMixin)]
     return {MASKS.get(name, name): getattr(layer, "sliding_window", None) for name, layer in seeing}
@@ -197,6 +198,24 @@ def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.
     blanks = {number: getattr(module, name) for module, kind in known for number, name in kind.blanks}
     mask = "linear_attention" if name in MASKS else name  # of the convolutions; the attention beside them has one of its own
     return LayerPlan(mask, isinstance(layer, CacheLayerMixin), layer.number_of_states, mixer, blanks)
+
+
+def check_own_code(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where a model that comes with its own code says too little of its layers to be exact."""
+    config, name = text_config(model), type(model).__name__
+    if not type(model).__module__.startswith("transformers_modules"):
+        return
+    window, told = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if model._is_stateful:
+        why = "keeps a recurrent state, and in code that came with a checkpoint none is known to be exact. Call model.generate()"
+    elif window is not None and not told:
+        why = (
+            f"has sliding_window={window} and no layer_types, so nobody can know which of its layers slide. Set "
+            "model.config.layer_types, 'full_attention' or 'sliding_attention' for each layer, or call model.generate()"
+        )
+    else:
+        return
+    raise UnsupportedModelError(f"{name} was to be decoded speculatively; it {why} without mtpdecode.")
 
 
 def num_own_layers(config: PreTrainedConfig, class_name: str) -> int:
