@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from .head import MTPHead
 from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, decode
 from .metrics import Metrics
-from .proposer import Call, DraftSampling, MTPProposer, NoDraft, Proposer
+from .proposer import Call, DraftSampling, MixedProposer, MTPProposer, NGramProposer, NoDraft, Proposer
 from .request import (
     OURS,
     Request,
@@ -41,7 +41,16 @@ from .sampling import Sampler
 from .schedule import DraftSchedule, schedule_for
 from .spec import MTPSpec
 from .state import Noise, Purpose
-from .target import check_attention, decoder_of, evaluating, layer_plans, layer_windows, text_config, training_modules
+from .target import (
+    check_attention,
+    check_own_code,
+    decoder_of,
+    evaluating,
+    layer_plans,
+    layer_windows,
+    text_config,
+    training_modules,
+)
 from .verifier import Verifier
 from .vocabulary import DraftVocabulary, draft_ids
 
@@ -90,7 +99,7 @@ class Options(NamedTuple):
 
 HOW_TO_BUILD = (
     *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
-    "draft_vocabulary",
+    *("draft_vocabulary", "lookup"),
 )
 """The keywords of `MTPDecoder.from_model`."""
 
@@ -121,11 +130,12 @@ class MTPDecoder:
         spec: MTPSpec | None = None,
         assistant: Assistant | PreTrainedModel | str | os.PathLike[str] | None = None,
         proposer: Proposer | None = None,
-        num_speculative_tokens: int | DraftSchedule | None = None,
+        num_speculative_tokens: int | Literal["auto"] | DraftSchedule | None = None,
         draft_sampling: DraftSampling = "sample",
         acceptance: str | Acceptance = "standard",
         cache: CacheFactory = RaggedCache,
         draft_vocabulary: DraftVocabulary | Tensor | Sequence[int] | int | None = None,
+        lookup: NGramProposer | None = None,
     ) -> MTPDecoder:
         """Find the target's family, read the head's weights once, build the roles.
 
@@ -133,23 +143,27 @@ class MTPDecoder:
         spec                    the family's row, to override a choice or to describe a new family
         assistant               for Gemma 4, whose heads are checkpoints of their own: a folder, a repository or a loaded one
         proposer                drafts instead of the head
-        num_speculative_tokens  K, or a schedule; none: what suits the head
+        num_speculative_tokens  K, "auto" (measures which K pays), or a schedule; none: what suits the head
         draft_sampling          when sampling: "sample" draws drafts from the head's law, "greedy" takes its likeliest token
         acceptance              "standard", "block", "coupled", or an Acceptance
         cache                   RaggedCache, CropCache, or a factory of one's own
-        draft_vocabulary        the only ids that are drafted: a `DraftVocabulary`, a list, or how many from the first on. Lossless
+        draft_vocabulary        the only ids that a head drafts: a `DraftVocabulary`, a list, or how many from the first on
+        lookup                  where the text repeats itself this drafts instead of the head: NGramProposer(4, min_ngram=3)
 
         Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
         """
         decoder_of(target)
+        check_own_code(target)
         if assistant is not None:
             _check_alone(head=head, spec=spec, proposer=proposer)
             proposer = AssistantProposer(assistant_for(target, assistant))
-        if proposer is not None and draft_vocabulary is not None:
-            raise GenerationError("draft_vocabulary= narrows what a head drafts; with proposer= or assistant= there is none.")
-        proposer = proposer or MTPProposer(_restricted(head_for(target, head, spec), draft_vocabulary))
+        if proposer is not None and (draft_vocabulary is not None or lookup is not None):
+            raise GenerationError("draft_vocabulary= and lookup= go with a head; with proposer= or assistant= there is none.")
+        if proposer is None:
+            chosen = _restricted(head_for(target, head, spec), draft_vocabulary)
+            proposer = MTPProposer(chosen) if lookup is None else MixedProposer(chosen, lookup)
         suits = _suits(proposer)
-        schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens)
+        schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens, suits)
         options = Options(schedule, draft_sampling, acceptance).replaced({})
         return cls(target, proposer, options, cache)
 
@@ -195,7 +209,7 @@ class MTPDecoder:
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         seed: int | Sequence[int] | None = None,
-        num_speculative_tokens: int | DraftSchedule | None = None,
+        num_speculative_tokens: int | Literal["auto"] | DraftSchedule | None = None,
         draft_sampling: DraftSampling | None = None,
         acceptance: str | Acceptance | None = None,
         **model_kwargs: Any,

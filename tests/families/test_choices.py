@@ -1,4 +1,4 @@
-"""Where engines disagree, the row has one choice and `spec.replace(...)` the others: each is what an independent twin computes."""
+"""Where engines disagree, a row has one choice and `spec.replace(...)` the others: each is what an independent twin says."""
 
 from functools import partial
 
