@@ -158,9 +158,9 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     unknown |= {kind.__name__ for _, kind in others if kind not in (DynamicLayer, DynamicSlidingWindowLayer)}
     if unknown:
         raise UnsupportedModelError(
-            f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and in a model of type "
-            f"{config.model_type} only full_attention and sliding_attention are known to be exact. Call model.generate() without "
-            "mtpdecode."
+            f"{class_name} was to be decoded speculatively; it has layers of type {', '.join(sorted(unknown))}, and where "
+            f"model_type={config.model_type!r} only full_attention and sliding_attention are known to be exact. "
+            "Call model.generate() without mtpdecode."
         )
     seeing = [(name, layer) for name, layer in zip(names, layers, strict=True) if isinstance(layer, CacheLayerMixin)]
     return {MASKS.get(name, name): getattr(layer, "sliding_window", None) for name, layer in seeing}
