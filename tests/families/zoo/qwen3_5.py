@@ -49,7 +49,7 @@ def build(seed=0, **changes):
     return centred(tiny.fill(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(SETTINGS | changes))).eval(), seed))
 
 
-def tied(strength=0.3):
+def tied():
     """A tied output layer cannot lean towards a circle by itself: the last MLP looks the follower up, a neuron a token."""
     model, generator = build(tie_word_embeddings=True), torch.Generator().manual_seed(0)
     table, mlp = model.get_input_embeddings().weight, model.model.layers[-1].mlp
@@ -58,9 +58,12 @@ def tied(strength=0.3):
         circle = torch.randperm(tiny.VOCAB - 3, generator=generator) + 3
         follower = torch.arange(tiny.VOCAB)
         follower[circle] = circle.roll(-1)
+        for name, weight in model.model.layers.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                weight *= 0.7
+        mlp.down_proj.weight[:, : tiny.VOCAB] = 0.3 * table[follower].T
         for part in (mlp.gate_proj, mlp.up_proj):
             part.weight[: tiny.VOCAB] = table * tiny.SIZE**-0.5
-        mlp.down_proj.weight[:, : tiny.VOCAB] = strength * table[follower].T
     return model
 
 

@@ -1,0 +1,41 @@
+"""Qwen3.5 with experts, which are published stacked or one by one, and a gated shared one."""
+
+from functools import partial
+
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from tests import tiny
+from tests.families.layouts import qwen_layout, twin_of
+from tests.families.zoo import Case, qwen3_5
+
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+SETTINGS = {name: value for name, value in qwen3_5.SETTINGS.items() if name != "intermediate_size"} | EXPERTS
+LAYOUT = qwen_layout()
+
+
+def build(seed=0, **changes):
+    return qwen3_5.centred(tiny.fill(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**(SETTINGS | changes))).eval(), seed))
+
+
+def stacked(head, _model):
+    """mtp.layers.0.mlp.experts.gate_up_proj (E, 2 I, D) and down_proj (E, D, I), as they are."""
+    layer = head.layers[0]
+    tensors = {f"{name}.weight": getattr(layer, ours).weight for ours, name in LAYOUT.around.items()}
+    tensors |= {f"mtp.layers.0.{name}": tensor for name, tensor in layer.block.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+CASE = partial(
+    Case,
+    "qwen3_5_moe",
+    build=build,
+    drafts=twin_of(LAYOUT, types="full_attention"),
+    config=qwen3_5.published_config,
+    crop=False,
+)
+CASES = [CASE("qwen3_5_moe", published=LAYOUT.published), CASE("qwen3_5_moe-stacked", published=stacked)]
