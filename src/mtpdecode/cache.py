@@ -85,6 +85,7 @@ class CacheLayout:
         """
         masks: dict[str, Tensor | None] = {plan.layer_type: None for plan in self.plans if plan.num_states or not plan.keys}
         masks |= {name: self._mask(positions, num_slots, window) for name, window in self.windows.items()}
+        masks |= {plan.layer_type: torch.ones_like(positions, dtype=torch.bool) for plan in self.plans if plan.aligned}
         return masks if len(masks) > 1 else next(mask for mask in masks.values() if mask is not None)
 
     def _mask(self, positions: Tensor, num_slots: int, window: int | None) -> Tensor:
@@ -107,7 +108,7 @@ class RaggedCache(KVCacheManager):
         self.num_slots = 0
         self._slots = _Slots(num_rows, device)
         plans = layout.plans or (LayerPlan("full_attention"),)
-        self._cache = Cache(layers=[_layer_for(plans[i % len(plans)], self._slots) for i in range(num_layers)])
+        self._cache = _RaggedLayers(self._slots, [_layer_for(plans[i % len(plans)], self._slots) for i in range(num_layers)])
         self._recurrent = [layer for layer in self._cache.layers if isinstance(layer, RecurrentLayer)]
 
     def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
@@ -139,6 +140,28 @@ class _Slots:
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.written = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
         self.num_visible = 0
+
+    @property
+    def positions(self) -> Tensor:
+        """(3, B, S): a slot's number is its position, in every dimension."""
+        return torch.arange(self.num_visible, device=self.written.device).expand(3, self.written.shape[0], -1)
+
+
+class _RaggedLayers(Cache):
+    """The layers of a `RaggedCache`, for transformers to read and write."""
+
+    def __init__(self, slots: _Slots, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self._slots = slots
+
+    @property
+    def position_ids(self) -> Tensor:
+        """What stood before the window, for indexers that pool keys and rotate them anew (transformers 5.17 keeps it here)."""
+        return self._slots.positions
+
+    @position_ids.setter
+    def position_ids(self, positions: Tensor) -> None:
+        """Slots are where they are: what transformers sets is known."""
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -176,13 +199,12 @@ class _RaggedLayer(CacheLayerMixin):
 
     @property
     def indexer_position_ids(self) -> Tensor:
-        """(3, B, S) the positions of all slots: indexers that pool keys rotate them anew. They are what they are: setting is moot."""
-        num_rows, device = self._slots.written.shape[0], self._slots.written.device
-        return torch.arange(self._slots.num_visible, device=device).expand(3, num_rows, -1)
+        """The same as `_RaggedLayers.position_ids`, where transformers 5.23 keeps it."""
+        return self._slots.positions
 
     @indexer_position_ids.setter
     def indexer_position_ids(self, positions: Tensor) -> None:
-        return
+        """Slots are where they are: what transformers sets is known."""
 
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
@@ -215,6 +237,27 @@ class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):  # type: ignore[misc]
     def __init__(self, slots: _Slots, plan: LayerPlan) -> None:
         _RaggedLayer.__init__(self, slots)
         RecurrentLayer.__init__(self, plan)
+
+
+class _AlignedLayer(_RaggedLayer):
+    """Lends every row so that its window ends where the cache does: for models that find their queries' places by its length.
+
+        slots  a b c d . .      lent  0 0 a b c d      What stands before a row is 0. So is what such a model stores beside a key
+               x y . . . .            0 0 0 0 x y      to say that there is one (GLM-5.3-Flash).
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        return self._aligned(keys), self._aligned(values)
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        return self._aligned(super().update_index(idx_k))
+
+    def _aligned(self, slots: Tensor) -> Tensor:
+        """slots (B, H, S, Dh), moved in every row."""
+        empty = slots.shape[2] - 1 - self._slots.written[:, -1:].to(slots.device)
+        place = (torch.arange(slots.shape[2], device=slots.device) - empty)[:, None, :, None]
+        return slots.gather(2, place.clamp(min=0).expand_as(slots)).masked_fill(place < 0, 0)
 
 
 class _CompressedLayer(_RaggedLayer, HookedLayer):
@@ -269,6 +312,8 @@ def _layer_for(plan: LayerPlan, slots: _Slots) -> Any:
         return _CompressedLayer(slots, plan)
     if not plan.keys:
         return RecurrentLayer(plan)
+    if plan.aligned:
+        return _AlignedLayer(slots)
     return _RaggedRecurrentLayer(slots, plan) if plan.num_states else _RaggedLayer(slots)
 
 

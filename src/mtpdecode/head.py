@@ -19,6 +19,9 @@ from .spec import MTPSpec
 from .state import Window
 from .target import MASKS, decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
 
+TYPE_NAMES = {"deepseek_sparse_attention": "indexed_attention"}
+"""What transformers 5.17 calls layers that rows of the table name as later versions do."""
+
 PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types")
 """Config fields with one entry a layer."""
 
@@ -300,13 +303,14 @@ def _block_origin(config: PreTrainedConfig, spec: MTPSpec, target: PreTrainedMod
     """The layer of the target that the head's blocks are built like. Raises UnsupportedModelError where there is none."""
     if spec.block_layer_type is None:
         return len(decoder_of(target).layers) - 1
-    if spec.block_layer_type not in config.layer_types:
+    types = [TYPE_NAMES.get(name, name) for name in config.layer_types]
+    if spec.block_layer_type not in types:
         raise UnsupportedModelError(
             f"The {spec.family} head of {type(target).__name__} was asked for; its blocks are built like a "
             f"{spec.block_layer_type} layer, and the target has only {', '.join(sorted(set(config.layer_types)))}. "
             "Load the checkpoint with its own config, or pass spec=spec.replace(block_layer_type=...)."
         )
-    return max(i for i, name in enumerate(config.layer_types) if name == spec.block_layer_type)
+    return max(i for i, name in enumerate(types) if name == spec.block_layer_type)
 
 
 def fresh_norm(norm: nn.Module) -> nn.Module:

@@ -138,6 +138,7 @@ class LayerPlan(NamedTuple):
     num_states  how many convolution states; 0: it is not recurrent       mixer  whose recurrence is replayed, if any
     blanks      number of a convolution state -> what stands before the first token, where that is not 0
     block_size  how many tokens `mixer` compresses into one more key, if it does
+    aligned     whether the model goes by the cache's length, so that all rows must end there
     """
 
     layer_type: str
@@ -146,6 +147,7 @@ class LayerPlan(NamedTuple):
     mixer: nn.Module | None = None
     blanks: Mapping[int, float] = {}
     block_size: int = 0
+    aligned: bool = False
 
 
 def kind_of(module: nn.Module) -> RecurrentKind | None:
@@ -380,7 +382,8 @@ def _gathered(tape: Tensor, places: Tensor) -> Tensor:
 
 def _taken(tape: Tensor, starts: Tensor, size: int) -> Tensor:
     """tape (B, ..., n), starts (B,) -> (B, ..., size)"""
-    return _gathered(tape, starts[:, None] + torch.arange(size, device=tape.device))
+    places = starts[:, None] + torch.arange(size, device=tape.device)
+    return _gathered(tape, places.clamp(max=tape.shape[-1] - 1))  # where a layer sat a window out, nothing is read behind it
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:

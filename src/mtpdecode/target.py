@@ -45,6 +45,9 @@ INDEXED = {
 """Layer types that choose the keys they attend to (one has another name in transformers 5.17), and the model types whose choice
 was seen to be made behind the mask: others of the same layer type go by the cache's length, which ragged rows do not have."""
 
+ALIGNED = {"indexed_attention": ("glm5_next_text",), "deepseek_sparse_attention": ("glm5_next_text",)}
+"""The same for models that go by the cache's length, and allow for what is not there at the beginning of rows."""
+
 
 COMPRESSED = {kind: ("deepseek_v4",) for kind in ("compressed_sparse_attention", "heavily_compressed_attention")}
 """Layer types that see blocks of tokens compressed into one key, and the model types that do it as the cache does."""
@@ -150,7 +153,7 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
     names = (getattr(config, "layer_types", None) or [])[:num_own] or [
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
-    indexed = [config.model_type in (INDEXED | COMPRESSED).get(name, ()) for name in names]
+    indexed = [any(config.model_type in types.get(name, ()) for types in (INDEXED, COMPRESSED, ALIGNED)) for name in names]
     planned = [name in NO_MIXER or isinstance(layer, LinearAttentionCacheLayerMixin) for name, layer in zip(names, layers, strict=True)]
     known = [one or other for one, other in zip(indexed, planned, strict=True)]
     others = [(name, type(layer)) for name, layer, is_known in zip(names, layers, known, strict=True) if not is_known]
@@ -172,7 +175,8 @@ def layer_plans(config: PreTrainedConfig, blocks: Sequence[nn.Module], class_nam
     Raises UnsupportedModelError that names the recurrent mixers which are not known to be exact.
     """
     layers, names = DynamicCache(config=config).layers, getattr(config, "layer_types", None) or []
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers) and not set(names) & {*NO_MIXER, *COMPRESSED}:
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if not recurrent and not set(names) & {*NO_MIXER, *COMPRESSED} and config.model_type not in sum(ALIGNED.values(), ()):
         return ()
     plans = []
     for name, layer, block in zip(names, layers, blocks, strict=True):
@@ -182,7 +186,8 @@ def layer_plans(config: PreTrainedConfig, blocks: Sequence[nn.Module], class_nam
             compressor = block.get_submodule("self_attn.compressor")
             plans.append(LayerPlan(name, mixer=compressor, block_size=config.compress_rates[name]))
         else:
-            plans.append(LayerPlan(name, keys=isinstance(layer, CacheLayerMixin)))
+            aligned = config.model_type in ALIGNED.get(name, ())
+            plans.append(LayerPlan(name, keys=isinstance(layer, CacheLayerMixin), aligned=aligned))
     return tuple(plans)
 
 

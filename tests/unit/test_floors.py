@@ -8,7 +8,7 @@ import pytest
 import mtpdecode
 
 FLOORS = (
-    "errors spec state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
+    "errors spec distances state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
     "sampling stopping families checkpoint target blocks indexer schedule vocabulary",  # 1  arithmetic and tables that raise our errors
     "acceptance cache head request",  # 2  the parts
     "proposer verifier loading laws",  # 3  the roles, and what fills them

@@ -1,0 +1,60 @@
+"""Attention that tells distances by the cache's length, which all rows share, told in here by every row's own positions.
+
+Inkling adds to each score a learned value for the distance between query and key, and lets scores grow with the position in long
+texts. Its layers ask the cache where the window begins and get one number; ragged rows begin at different places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEARNED = ("InklingAttention",)
+"""Classes of attention whose distances are learned."""
+
+
+@contextmanager
+def told(blocks: Iterable[nn.Module], positions: Tensor) -> Iterator[None]:
+    """In here the queries of a window stand at positions (B, T), in each of the decoder layers that care."""
+    with ExitStack() as hooks:
+        for block in blocks:
+            attention: Any = dict(block.named_children()).get("self_attn")
+            if type(attention).__name__ in LEARNED:
+                place = _Place(attention, positions)
+                hooks.callback(attention.rel_logits_proj.register_forward_pre_hook(place.laid_out).remove)
+                hooks.callback(attention.rel_logits_proj.register_forward_hook(place.put_back).remove)
+                hooks.callback(attention.q_norm.register_forward_hook(place.grown).remove)
+        yield
+
+
+class _Place:
+    """Where the window's queries stand, for one attention."""
+
+    def __init__(self, attention: Any, positions: Tensor) -> None:
+        self.positions, config = positions, attention.config
+        self.growth: Tensor | None = None
+        if config.log_scaling_n_floor is not None and not attention.is_sliding:
+            count = (positions + 1).float() / config.log_scaling_n_floor
+            self.growth = 1.0 + config.log_scaling_alpha * torch.log(count.clamp(min=1.0))
+
+    def laid_out(self, _: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries (B, T, H, d) of all rows one behind the other, (1, B * T, H, d), each with its own position.
+
+        The layer lets scores grow by the positions that it made; `grown` did that already, so it is to see the text's beginning.
+        """
+        states, shared, slots = args
+        shared.fill_(-1)
+        return states.flatten(0, 1)[None], self.positions.flatten(), slots
+
+    def put_back(self, _: nn.Module, args: Any, bias: Tensor) -> Tensor:
+        """(1, H, B * T, S) -> (B, H, T, S)"""
+        bias = bias[0].unflatten(1, tuple(self.positions.shape)).transpose(0, 1)
+        return bias if self.growth is None else (bias.float() * self.growth[:, None, :, None]).to(bias.dtype)
+
+    def grown(self, _: nn.Module, args: Any, queries: Tensor) -> Tensor:
+        """queries (B, T, H, D), as far into a long text as they stand."""
+        return queries if self.growth is None else (queries.float() * self.growth[..., None, None]).to(queries.dtype)
