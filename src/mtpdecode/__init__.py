@@ -24,6 +24,7 @@ from .llm import SamplingParams as SamplingParams
 from .loading import save_head as save_head
 from .metrics import Metrics as Metrics
 from .presets import load as load
+from .proposer import MixedProposer as MixedProposer
 from .proposer import MTPProposer as MTPProposer
 from .proposer import NGramProposer as NGramProposer
 from .proposer import Proposer as Proposer

@@ -53,19 +53,68 @@ class Round(NamedTuple):
 def decode_round(
     state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
 ) -> tuple[DecodeState, Verdict]:
-    """Propose, score, accept, stop, commit. The state moves on; nothing moves back."""
+    """Propose, score, accept, stop, commit. The state moves on; nothing moves back.
+
+    With K = 0 the head is not asked, and the state's fresh rows are those of this round alone: see `Rest`.
+    """
     noise = noise.of_round(state.text.lengths)
-    draft = roles.proposer.propose(state, num_speculative_tokens, noise)
+    draft = roles.proposer.propose(state, num_speculative_tokens, noise) if num_speculative_tokens else no_draft(state)
     clock.lap("propose")
     scores, hidden = roles.verifier.score(state, draft)
     clock.lap("score")
     verdict = judge(draft, scores, roles.sampler, roles.rule, noise, state.text.lengths)
     verdict, done = roles.stopping.truncate(verdict, state)
     roles.verifier.cache.commit(verdict.counts)
-    lag = roles.proposer.lag
-    fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
+    fresh = Fresh(hidden, verdict.counts)
+    if num_speculative_tokens:
+        lag = roles.proposer.lag
+        fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
     clock.lap("accept")
     return state.appended(verdict, fresh, done), verdict
+
+
+def no_draft(state: DecodeState) -> Draft:
+    """K = 0: a round is one plain decoding step."""
+    return Draft(state.text.tokens[:, :0], None)
+
+
+class Rest:
+    """What the target thought in rounds with K = 0: the head learns it when it is to draft again, or when it has become much.
+
+    So a plain round costs no more than plain decoding, and no row of the head's is ever missing.
+    """
+
+    MOST = 64
+
+    def __init__(self) -> None:
+        self._kept: list[Fresh] = []
+
+    def before(self, state: DecodeState, roles: Roles, num_speculative_tokens: int) -> DecodeState:
+        """The state as a round with this K wants it."""
+        if not num_speculative_tokens and not self._kept:
+            self._kept.append(state.fresh)
+        if self._kept and (num_speculative_tokens or len(self._kept) > self.MOST):
+            fresh = self._caught_up(state, roles)
+            self._kept = [] if num_speculative_tokens else [fresh]
+            state = state._replace(fresh=fresh)
+        return state
+
+    def after(self, state: DecodeState, num_speculative_tokens: int) -> None:
+        """A round is over."""
+        if not num_speculative_tokens:
+            self._kept.append(state.fresh)
+
+    def _caught_up(self, state: DecodeState, roles: Roles) -> Fresh:
+        """The head absorbs all of it but what it wants to be handed in again."""
+        first, *others = self._kept
+        lag, width = roles.proposer.lag, roles.width + roles.proposer.lag
+        if others:
+            states = torch.cat([fresh.states for fresh in others], dim=1)
+            counts = torch.stack([fresh.counts for fresh in others]).sum(0)
+            first = first.extended(states, counts, first.states.shape[1] + states.shape[1])
+        roles.proposer.absorb(state.text, first)
+        rest = first.last(lag + 1)
+        return rest.extended(rest.states[:, :1], torch.zeros_like(rest.counts), width)
 
 
 def judge(draft: Draft, scores: Tensor, sampler: Sampler, rule: Acceptance | None, noise: Noise, positions: Tensor) -> Verdict:
@@ -103,14 +152,16 @@ def decode(
     prompt: Prompt, text: Text, roles: Roles, noise: Noise, metrics: Metrics, chunk_size: int, hidden_size: int
 ) -> Iterator[Round]:
     """Prefill, then rounds until every row is done; one host read a round."""
-    clock, lengths = Clock(metrics.seconds), prompt.lengths.tolist()
+    clock, lengths, rest = Clock(metrics.seconds), prompt.lengths.tolist(), Rest()
     roles.reserve(max(lengths))
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths))
+        state = rest.before(state, roles, num_drafted)
         state, verdict = decode_round(state, roles, num_drafted, noise, clock)
+        rest.after(state, num_drafted)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
         metrics.update(counts, num_drafted, done)

@@ -69,22 +69,30 @@ class NGramProposer(Proposer):
     """Looks the last tokens up in the text so far and proposes what followed them (prompt lookup, Saxena 2023). No head needed.
 
     text  a b c d a b ?      the last two, a b, stood at the start: proposes c d a ...
+
+    max_ngram, min_ngram  how many of the last tokens must have stood together before; more are better than fewer
     """
 
-    def __init__(self, max_ngram: int = 3) -> None:
-        if max_ngram < 1:
-            raise GenerationError(f"NGramProposer(max_ngram={max_ngram}) was asked for; it must be at least 1.")
-        self.max_ngram = max_ngram
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise GenerationError(
+                f"NGramProposer(max_ngram={max_ngram}, min_ngram={min_ngram}) was asked for; both must be at least 1, and "
+                "min_ngram at most max_ngram."
+            )
+        self.max_ngram, self.min_ngram = max_ngram, min_ngram
 
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
-        text = state.text
-        start = text.lengths.clone()  # no match: proposes whatever stands there, harmless
-        for size in range(1, self.max_ngram + 1):  # the longest match wins, being last
+        return Draft(self.looked_up(state.text, num_speculative_tokens)[1], None)
+
+    def looked_up(self, text: Text, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """-> found (B,) bool, tokens (B, num_tokens); where nothing was found, whatever stands at the end, harmless."""
+        start, any_found = text.lengths.clone(), torch.zeros_like(text.lengths, dtype=torch.bool)
+        for size in range(self.min_ngram, self.max_ngram + 1):  # the longest match wins, being last
             found, where = _latest_match(text, size)
-            start = torch.where(found, where, start)
-        steps = torch.arange(num_speculative_tokens, device=start.device)
+            start, any_found = torch.where(found, where, start), any_found | found
+        steps = torch.arange(num_tokens, device=start.device)
         period = (text.lengths - start).clamp(min=1)[:, None]  # a match that runs into the end of the text repeats itself
-        return Draft(text.at(start[:, None] + steps % period), None)
+        return any_found, text.at(start[:, None] + steps % period)
 
 
 def _latest_match(text: Text, size: int) -> tuple[Tensor, Tensor]:
@@ -184,6 +192,28 @@ def drawn(full: Tensor, call: Call, text: Text, position: int, noise: Noise) -> 
     law = sampler.law(scores)
     token = race(law, noise.exponential(text.lengths + position, call.purpose, law.shape[-1]))
     return Draft(token[:, None], law[:, None])
+
+
+class MixedProposer(MTPProposer):
+    """Two drafters: a row whose last tokens stood together before takes what followed them, any other row the head's draft.
+
+        text  a b c d a b c ?     rows that repeat themselves: d a b ...       others: the head's
+
+    What is looked up was chosen, not drawn, so its law is one-hot; both kinds of rows share the shapes of a round.
+    """
+
+    def __init__(self, head: MTPHead, lookup: NGramProposer) -> None:
+        super().__init__(head)
+        self.lookup = lookup
+
+    def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
+        draft = super().propose(state, num_speculative_tokens, noise)
+        found, looked_up = self.lookup.looked_up(state.text, num_speculative_tokens)
+        tokens = torch.where(found[:, None], looked_up, draft.tokens)
+        if draft.probs is None:
+            return Draft(tokens, None)
+        one_hot = torch.zeros_like(draft.probs).scatter_(-1, tokens[..., None], 1.0)
+        return Draft(tokens, torch.where(found[:, None, None], one_hot, draft.probs))
 
 
 def last_real(states: Tensor, counts: Tensor) -> Tensor:

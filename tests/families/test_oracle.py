@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from mtpdecode import MTPDecoder, MTPHead
+from mtpdecode import DraftSchedule, MTPDecoder, MTPHead
+from mtpdecode.loop import Rest
 from tests import tiny
 
 LENGTH, K = 14, 4
@@ -70,7 +71,7 @@ def recorded(decoder, monkeypatch, row):
     monkeypatch.setattr(decoder.head, "logits", lambda *args: steps.append(logits(*args)[0]) or logits(*args))
     text = list(row)
     for chunk in decoder.stream(tiny.one(row), max_new_tokens=LENGTH, do_sample=False):
-        rounds.append((list(text), torch.stack(steps)))
+        rounds.append((list(text), torch.stack(steps) if steps else torch.zeros(0)))
         steps.clear()
         text += chunk.tokens[0]
     return rounds
@@ -139,3 +140,23 @@ def test_transformers_own_loop_writes_the_same_text_from_what_we_saved(name, tmp
     theirs = model.generate(tiny.one(row), max_new_tokens=20, do_sample=False, use_mtp=True)
     assert theirs.tolist() == [row + tiny.plain(name, row, max_new_tokens=20)]
     assert len(forwards) < 18, f"{len(forwards)} forwards for 20 tokens: it keeps no drafts, so the head is not ours"
+
+
+class Resting(DraftSchedule):
+    """Drafts, rests for three rounds, and again."""
+
+    choices = (0, 3)
+
+    def next_length(self, metrics):
+        return 0 if metrics.num_rounds % 4 else 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 64])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_head_that_rested_has_missed_nothing(num_layers, most, monkeypatch):
+    """Rounds with K = 0 do not ask it; when it drafts again it has seen them all."""
+    monkeypatch.setattr(Rest, "MOST", most)
+    decoder = tiny.decoder("llama", Resting(), num_layers)
+    rounds = [(text, steps) for text, steps in recorded(decoder, monkeypatch, tiny.prompts()[0]) if len(steps)]
+    assert {0, 3} <= set(decoder.metrics.drafted)
+    assert_same(rounds, Oracle(tiny.target("llama"), tiny.head("llama", num_layers)), f"{num_layers} layers, MOST = {most}")

@@ -4,9 +4,22 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from mtpdecode import Acceptance, Draft, KVCacheManager, MTPDecoder, MTPProposer, Proposer, RaggedCache, StandardAcceptance
+from mtpdecode import (
+    Acceptance,
+    Draft,
+    GenerationError,
+    KVCacheManager,
+    MTPDecoder,
+    MTPProposer,
+    NGramProposer,
+    Proposer,
+    RaggedCache,
+    StandardAcceptance,
+)
 from mtpdecode.state import Window
+from mtpdecode.testing import assert_lossless
 from tests import tiny
+from tests.toys import random_head, tiny_llama
 
 LENGTH = 20
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False}
@@ -209,3 +222,56 @@ def test_what_a_decoder_shows():
     decoder.generate(tiny.one([5, 6]), max_new_tokens=2)
     assert decoder.verifier.cache is decoder.cache
     assert decoder.verifier.target is decoder.target
+
+
+# ── two drafters ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_repeated_text_is_looked_up_and_another_is_left_to_the_head():
+    """One batch, one row of each kind: each drafts what its own drafter would have drafted alone."""
+    model, head, lookup = tiny.target("llama"), tiny.head("llama"), NGramProposer(4, min_ngram=3)
+    repeated, other = [5, 9, 7, 11, 5, 9, 7], [8, 30, 12, 40]
+    mixed = MTPDecoder.from_model(model, head=head, lookup=lookup, num_speculative_tokens=3)
+    assert first_draft(mixed, [repeated, other]) == [
+        first_draft(MTPDecoder.from_model(model, proposer=lookup, num_speculative_tokens=3), [repeated])[0],
+        first_draft(MTPDecoder.from_model(model, head=head, num_speculative_tokens=3), [other])[0],
+    ]
+
+
+def first_draft(decoder, rows):
+    drafts, propose = [], type(decoder.proposer).propose
+
+    class Spy(type(decoder.proposer)):
+        def propose(self, *args):
+            drafts.append(propose(self, *args))
+            return drafts[-1]
+
+    decoder.proposer.__class__ = Spy
+    decoder.generate(**tiny.padded(rows), max_new_tokens=1, do_sample=False)
+    return drafts[0].tokens.tolist()
+
+
+def test_two_drafters_write_the_same_text():
+    rows = tiny.prompts()
+    decoder = MTPDecoder.from_model(
+        tiny.target("llama"), head=tiny.head("llama"), lookup=NGramProposer(2), num_speculative_tokens=3
+    )
+    sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=24, do_sample=False)
+    tiny.assert_rows(sequences, 9, [tiny.plain("llama", row, max_new_tokens=24) for row in rows], "lookup and head")
+
+
+def test_two_drafters_are_lossless():
+    target = tiny_llama(5, seed=3)
+    decoder = MTPDecoder.from_model(target, head=random_head(target), lookup=NGramProposer(2), num_speculative_tokens=2)
+    assert_lossless(decoder, num_samples=4000)
+
+
+@pytest.mark.parametrize(("most", "least"), [(0, 1), (2, 3), (2, 0)])
+def test_sizes_that_are_none(most, least):
+    with pytest.raises(GenerationError, match="min_ngram at most max_ngram"):
+        NGramProposer(most, least)
+
+
+def test_lookup_goes_with_a_head():
+    with pytest.raises(GenerationError, match="lookup= go with a head"):
+        MTPDecoder.from_model(tiny.target("llama"), proposer=NGramProposer(), lookup=NGramProposer())
