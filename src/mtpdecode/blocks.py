@@ -109,4 +109,4 @@ def rotary_angles(rotary: Any, spec: MTPSpec, x: Tensor, window: Window) -> Any:
         return {name: rotary(x, window.positions, name) for name in rotary.layer_types}
     assert isinstance(window.mask, Tensor)
     slots = torch.arange(window.mask.shape[-1], device=x.device).expand(len(x), -1)
-    return rotary(x, torch.cat([slots, window.positions], dim=-1))
+    return rotary(x, torch.cat([slots, window.positions], dim=-1).expand(3, -1, -1))
