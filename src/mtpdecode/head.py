@@ -258,7 +258,8 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
     origin, overridden = config.per_layer_config[config.block_origin], config.per_layer_attributes or ()
     config.num_hidden_layers = num_layers
     for key, value in {**per_layer, **dict(spec.block_config)}.items():
-        setattr(config, key, [value] * num_layers if isinstance(getattr(config, key, None), list) else value)
+        if (usual := getattr(config, key, None)) is not None:  # what a config does not have stays away
+            setattr(config, key, [value] * num_layers if isinstance(usual, list) else value)
     if spec.sublayers is not None:
         config.layer_types = sublayer_kinds(config, spec, num_layers)
     for key, listed in spec.depth_types:

@@ -8,6 +8,15 @@ import torch
 import torch.nn.functional as F
 
 
+@torch.no_grad()
+def calmed(model, factor):
+    """The model, whose layers say less, so that its text strays less from the circle and a head can be right more often."""
+    for name, tensor in model.named_parameters():
+        if any(part in name for part in ("out_proj.", "o_proj.", "down_proj")):
+            tensor *= factor
+    return model
+
+
 def rms_norm(x, weight, eps):
     """x (n, D) over its own root mean square, times the weight."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight

@@ -9,7 +9,7 @@ from transformers import Glm5NextConfig, Glm5NextForConditionalGeneration
 
 from tests import tiny
 from tests.families.layouts import deepseek_layout
-from tests.families.twins import chosen_experts, gated_mlp, heads, mixture, recurrent_drafts, rms_norm
+from tests.families.twins import calmed, chosen_experts, gated_mlp, heads, mixture, recurrent_drafts, rms_norm
 from tests.families.zoo import Case
 
 PREFIX = "model.language_model.layers.{n}."
@@ -56,10 +56,10 @@ ENDS = ("", ".bias")
 TOKENS = ("image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id", "video_start_token_id")
 
 
-def build(seed=0, **changes):
+def build(seed=0, calm=1.0, **changes):
     ids = {name: tiny.VOCAB - 1 for name in (*TOKENS, "video_end_token_id")}
     config = Glm5NextConfig(text_config=TEXT | changes, vision_config=VISION, **ids)
-    return tiny.fill(Glm5NextForConditionalGeneration(config).eval(), seed)
+    return calmed(tiny.fill(Glm5NextForConditionalGeneration(config).eval(), seed), calm)
 
 
 def config(settings):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from tests import tiny
-from tests.families.twins import causal_attention, chosen_experts, heads, mixture, recurrent_drafts, rms_norm
+from tests.families.twins import calmed, causal_attention, chosen_experts, heads, mixture, recurrent_drafts, rms_norm
 from tests.families.zoo import Case
 
 SETTINGS = {
@@ -36,8 +36,8 @@ SETTINGS = {
 LETTERS = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
 
 
-def build(seed=0, **changes):
-    return tiny.fill(NemotronHForCausalLM(NemotronHConfig(**(SETTINGS | changes))).eval(), seed)
+def build(seed=0, calm=0.6, **changes):
+    return calmed(tiny.fill(NemotronHForCausalLM(NemotronHConfig(**(SETTINGS | changes))).eval(), seed), calm)
 
 
 def config(settings):
