@@ -66,7 +66,8 @@ class MTPSpec:
     block_attributes: tuple[tuple[str, Any], ...] = ()
     """(attribute inside the block, value): what no config field says."""
     block_config: tuple[tuple[str, Any], ...] = ()
-    """(config field, value): what the block's config has otherwise; a field that is a list gets the value for every depth."""
+    """(config field, value): what the block's config has otherwise; a field that is a list gets the value for every depth, and
+    one that the config does not have stays away."""
     combine: Literal["embed_hidden", "hidden_embed", "sum"] = "embed_hidden"
     """Order inside the projection; "sum": each has a projection of its own, proj_embed and proj_hidden, and they are added."""
     proj_bias: bool | str = False

@@ -1,7 +1,7 @@
 """Bases that transformers lacks: their row is in the table, and with the code that comes with the checkpoint they work.
 
-The checkpoints here bring a Llama under the family's name. Their heads lie in the family's real layout; drafts are held to
-a twin in plain torch. Without `trust_remote_code=True` nothing of theirs is run, and the error says so.
+The checkpoints here bring a Llama, or a Ministral, under the family's name. Their heads lie in the family's real layout; drafts
+are held to a twin in plain torch. Without `trust_remote_code=True` nothing of theirs is run, and the error says so.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MinistralConfig, MinistralForCausalLM
 
 from mtpdecode import MTPDecoder, UnsupportedModelError
 from mtpdecode.families import FAMILIES
@@ -21,14 +21,14 @@ from tests.families.twins import causal_attention, heads, rms_norm, rotated_halv
 
 ROWS = {row.family: row for row in FAMILIES}
 CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import {base}Config, {base}ForCausalLM
 
 
-class TinyConfig(LlamaConfig):
+class TinyConfig({base}Config):
     model_type = "{model_type}"
 
 
-class TinyForCausalLM(LlamaForCausalLM):
+class TinyForCausalLM({base}ForCausalLM):
     config_class = TinyConfig
 {more}
 """
@@ -47,6 +47,7 @@ class Family(NamedTuple):
     recycle: str = "normed"
     deeper: str = "chained"
     counted: bool = True
+    window: int | None = None
 
 
 OWN_HEADS = DEEPSEEK | {"norm_out": "transformer.shared_head.norm", "lm_head": "transformer.shared_head.output"}
@@ -54,7 +55,7 @@ WRAPPED = Family("language_model.model.layers.{n}.", hidden="pre_norm", recycle=
 MIMO_NAMES = DEEPSEEK | {"norm_out": "final_layernorm"}
 FAMILIES_THERE = {
     "kimi_k3": Family("model.layers.{n}.", hidden="pre_norm", recycle="raw"),
-    "mimo_v2": Family("model.mtp.layers.{i}.", MIMO_NAMES, "pre_mlp_layernorm", 3, deeper="target", counted=False),
+    "mimo_v2": Family("model.mtp.layers.{i}.", MIMO_NAMES, "pre_mlp_layernorm", 3, deeper="target", counted=False, window=5),
     "pangu_ultra_moe": Family("model.layers.{n}."),
     "step5": Family("model.layers.{n}.", OWN_HEADS, num_layers=3, hidden="pre_norm", recycle="raw"),
 }
@@ -79,13 +80,21 @@ def published(head, family, model):
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def base_of(family):
+    """A Llama; or where the family's MTP layers slide, a model of whose layers only the first one does."""
+    if family.window is None:
+        return tiny.fill(LlamaForCausalLM(LlamaConfig(**tiny.DENSE)).eval(), seed=2)
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": family.window, "head_dim": 8}
+    return tiny.fill(MinistralForCausalLM(MinistralConfig(**tiny.DENSE, **types)).eval(), seed=2)
+
+
 def write(folder, name, family, more="", **settings):
     """-> target, head's published tensors; the folder holds both, and the code."""
-    model = tiny.fill(LlamaForCausalLM(LlamaConfig(**tiny.DENSE)).eval(), seed=2)
+    model, base = base_of(family), "Ministral" if family.window else "Llama"
     tensors = published(tiny.build_head(model, ROWS[name], family.num_layers), family, model)
     model.save_pretrained(folder)
     save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "modeling_tiny.py").write_text(CODE.format(model_type=name, more=more))
+    (folder / "modeling_tiny.py").write_text(CODE.format(model_type=name, more=more, base=base))
     config = json.loads((folder / "config.json").read_text()) | {"model_type": name, "auto_map": AUTO_MAP}
     config |= {"num_nextn_predict_layers": family.num_layers} if family.counted else {}
     (folder / "config.json").write_text(json.dumps(config | settings))
@@ -107,7 +116,7 @@ def run_layer(tensors, prefix, family, embeds, hidden):
     x = linear(torch.cat([norm(embeds, "enorm"), norm(hidden, "hnorm")], dim=-1), "eh_proj")
     inner = norm(x, "input_layernorm")
     query, key, value = (heads(inner, tensors[f"{prefix}self_attn.{part}_proj.weight"], 8) for part in "qkv")
-    seen = causal_attention(rotated_halves(query, 10000.0), rotated_halves(key, 10000.0), value, 8**-0.5)
+    seen = causal_attention(rotated_halves(query, 10000.0), rotated_halves(key, 10000.0), value, 8**-0.5, family.window)
     x = x + linear(seen, "self_attn.o_proj")
     inner = norm(x, family.mlp_norm)
     x = x + linear(F.silu(linear(inner, "mlp.gate_proj")) * linear(inner, "mlp.up_proj"), "mlp.down_proj")
