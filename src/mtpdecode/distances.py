@@ -52,7 +52,7 @@ class _Place:
 
     def put_back(self, _: nn.Module, args: Any, bias: Tensor) -> Tensor:
         """(1, H, B * T, S) -> (B, H, T, S)"""
-        bias = bias[0].unflatten(1, tuple(self.positions.shape)).transpose(0, 1)
+        bias = bias.reshape(bias.shape[1], *self.positions.shape, -1).transpose(0, 1)
         return bias if self.growth is None else (bias.float() * self.growth[:, None, :, None]).to(bias.dtype)
 
     def grown(self, _: nn.Module, args: Any, queries: Tensor) -> Tensor:

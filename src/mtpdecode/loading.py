@@ -71,8 +71,10 @@ def _as_another(raw: dict[str, Any]) -> PreTrainedConfig | None:
 
 def _auto_class(model_type: str | None) -> Any:
     """What loads a model: as a text model where transformers can, else with all that it reads besides."""
-    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
-    is_wrapped = config_class in MODEL_FOR_MULTIMODAL_LM_MAPPING and config_class not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        return AutoModelForCausalLM
+    known = CONFIG_MAPPING[model_type]
+    is_wrapped = known in MODEL_FOR_MULTIMODAL_LM_MAPPING and known not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForMultimodalLM if is_wrapped else AutoModelForCausalLM
 
 
@@ -142,8 +144,8 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
     num_layers = num_head_layers(checkpoint, spec)
     if num_layers < 1:
         raise UnsupportedModelError(
-            f"The MTP head of {checkpoint.source!r} was asked for; its config has none of {', '.join(spec.num_layers_keys)}, so "
-            f"{type(target).__name__} has no native MTP head. Known families: {', '.join(sorted(known_model_types()))}. "
+            f"The MTP head of {checkpoint.source!r} was asked for; no {' or '.join(spec.num_layers_keys)} in its config "
+            f"counts any, so {type(target).__name__} has no native MTP head. Known families: {', '.join(sorted(known_model_types()))}. "
             "Pass head='FOLDER/OR/REPOSITORY' to take one from elsewhere; to speculate without a head, proposer=NGramProposer()."
         )
     vocabulary = read_draft_vocabulary(checkpoint)

@@ -104,10 +104,11 @@ class Twin:
 
     def __init__(self, target, tensors, layer=lambda step: step % NUM_LAYERS, own_head=True):
         self.target, self.tensors, self.layer, self.own_head = target, tensors, layer, own_head
+        self.fed = lambda ids: pre_norm_states(target, ids)
 
     @torch.no_grad()
     def drafts(self, text, num_steps):
-        hidden, tokens, logits = pre_norm_states(self.target, text[:-1]), list(text[1:]), []
+        hidden, tokens, logits = self.fed(text[:-1]), list(text[1:]), []
         for step in range(num_steps):
             prefix = f"model.layers.{TEXT['num_hidden_layers'] + self.layer(step)}."
             self.part = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
