@@ -15,6 +15,7 @@ from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, ro
 from .distances import told
 from .errors import UnsupportedModelError
 from .indexer import shared_indexers
+from .recurrent import kind_of
 from .spec import MTPSpec
 from .state import Window
 from .target import MASKS, decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
@@ -285,6 +286,16 @@ def _set_window(config: PreTrainedConfig, spec: MTPSpec) -> None:
         config.sliding_window = window
 
 
+def _check_drafts_ahead(block: nn.Module, spec: MTPSpec) -> None:
+    """Raise UnsupportedModelError for a recurrent block: it would have to draft from a state that is not committed yet."""
+    mixers = [type(module).__name__ for module in block.modules() if (kind := kind_of(module)) and kind.inputs]
+    if mixers:
+        raise UnsupportedModelError(
+            f"A {spec.family} head was asked for, whose blocks are built like a recurrent layer of the target ({mixers[0]}); heads "
+            "have attention. Pass spec=spec.replace(block_layer_type='full_attention')."
+        )
+
+
 def _new_block(target: PreTrainedModel, spec: MTPSpec, config: PreTrainedConfig, index: int) -> nn.Module:
     origin, norm = decoder_of(target).layers[config.block_origin], final_norm_of(target)
     if spec.sublayers is not None:
@@ -292,6 +303,7 @@ def _new_block(target: PreTrainedModel, spec: MTPSpec, config: PreTrainedConfig,
     if spec.block == "half_layer":
         return HalfLayer(origin, config, index, (fresh_norm(norm), fresh_norm(norm)))
     block: nn.Module = type(origin)(config, index)
+    _check_drafts_ahead(block, spec)
     if spec.block == "plain_layer":
         block = PlainLayer(block)
     for path, value in spec.block_attributes:

@@ -80,8 +80,9 @@ class MTPSpec:
     """norm_hidden over streams: one weight for each of them, or a weight for all in a row, normed together or one by one."""
     stream_axis: bool = False
     """Whether the layer class wants (B, T, streams, D), with an axis for streams, instead of (B, T, streams * D)."""
-    angles: Literal["window", "all_types", "all_slots"] = "window"
-    """Rotary angles that the layer class wants: the window's; a dict of them by type; those of all slots, then the window's."""
+    angles: Literal["window", "three_axes", "all_types", "all_slots"] = "window"
+    """Rotary angles that the layer class wants: the window's; of positions told thrice, as time, height and width; a dict of them
+    by type; those of all slots, then the window's."""
     recycle: Literal["normed", "raw", "projected"] = "normed"
     """Which of the head's own outputs feeds the next draft step: after or before `norm_out`, or a projection of its own."""
     kv: Literal["own", "target"] = "own"

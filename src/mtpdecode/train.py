@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .cache import CacheLayout
 from .errors import GenerationError
 from .head import MTPHead
 from .state import Window
-from .target import check_attention, forward, layer_windows, lm_head_of, text_config
+from .target import check_attention, decoder_of, forward, layer_plans, layer_windows, lm_head_of, text_config
 
 
 def mtp_loss(head: MTPHead, target: PreTrainedModel, input_ids: Tensor, num_steps: int = 1, decay: float = 0.6) -> Tensor:
@@ -42,19 +42,20 @@ def mtp_loss(head: MTPHead, target: PreTrainedModel, input_ids: Tensor, num_step
 def target_hidden(head: MTPHead, target: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """(B, T, D): the hidden states that the head is fed, of every position."""
     config, name = text_config(target), type(target).__name__
-    layout = CacheLayout(layer_windows(config, name), check_attention(config, name), target.dtype)
-    return forward(target, {"input_ids": input_ids}, _window(layout, input_ids), 1, head.spec.hidden).hidden
+    plans = layer_plans(config, decoder_of(target).layers, name)
+    layout = CacheLayout(layer_windows(config, name), check_attention(config, name), target.dtype, plans)
+    return forward(target, {"input_ids": input_ids}, _window(layout, config, input_ids), 1, head.spec.hidden).hidden
 
 
-def _window(layout: CacheLayout, rows: Tensor) -> Window:
+def _window(layout: CacheLayout, config: PreTrainedConfig, rows: Tensor) -> Window:
     """All of a batch's rows (B, T, ...) at once, causal, with an empty cache."""
     positions = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
-    return Window(positions, layout.mask(positions, rows.shape[1]), DynamicCache())
+    return Window(positions, layout.mask(positions, rows.shape[1]), DynamicCache(config=config))
 
 
 def _training_window(head: MTPHead, hidden: Tensor) -> Window:
     attention = str(head.config._attn_implementation)
-    return _window(CacheLayout(layer_windows(head.config, "the MTP head"), attention, hidden.dtype), hidden)
+    return _window(CacheLayout(layer_windows(head.config, "the MTP head"), attention, hidden.dtype), head.config, hidden)
 
 
 def _cross_entropy(head: MTPHead, target: PreTrainedModel, normed: Tensor, labels: Tensor) -> Tensor:
