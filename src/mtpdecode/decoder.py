@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.logging import tqdm
 
 from .acceptance import Acceptance, acceptance_named
 from .assistant import Assistant, AssistantProposer, assistant_for
@@ -38,7 +39,7 @@ from .request import (
     without_text_types,
 )
 from .sampling import Sampler
-from .schedule import DraftSchedule, schedule_for
+from .schedule import DraftSchedule, ExpectedSpeedup, Trial, schedule_for
 from .spec import MTPSpec
 from .state import Noise, Purpose
 from .target import (
@@ -96,6 +97,9 @@ class Options(NamedTuple):
         """The acceptance rule; None compares the draft with the target's own draws."""
         return self.acceptance if isinstance(self.acceptance, Acceptance) else acceptance_named(self.acceptance)
 
+
+NO_TOKEN = -1
+"""An end token that is never written."""
 
 HOW_TO_BUILD = (
     *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
@@ -181,6 +185,29 @@ class MTPDecoder:
         if self.head is None:
             raise GenerationError("save_pretrained() writes target and head; this decoder has no head. Save the target itself.")
         save_together(self.target, self.head, folder)
+
+    def warmup(self, batch_sizes: Sequence[int] = (1,), num_tokens: int = 64, num_rounds: int = 4, progress: bool = True) -> None:
+        """Measure ahead what rounds cost, for every K that the schedule may choose and every batch size.
+
+        num_tokens  length of the made-up prompts        num_rounds  rounds for each K, the first of them not counted
+        """
+        schedule = self.options.schedule
+        trials = [(rows, k) for rows in batch_sizes for k in schedule.choices]
+        for rows, k in tqdm(trials, desc="warm-up", disable=not progress):
+            inputs = torch.full((rows, num_tokens), 3 % int(text_config(self.target).vocab_size), device=self.target.device)
+            timed = Trial(k)
+            settings = {"max_new_tokens": (k + 1) * num_rounds, "do_sample": False, "eos_token_id": NO_TOKEN}
+            self.generate(inputs, attention_mask=torch.ones_like(inputs), num_speculative_tokens=timed, **settings)
+            for seconds in timed.seconds[1:num_rounds]:
+                schedule.time(k, rows, num_tokens, seconds)
+
+    def explain(self) -> None:
+        """Print what "auto" expects of every K, and what it has measured: tokens and milliseconds a round, tokens a second."""
+        schedule = self.options.schedule
+        if isinstance(schedule, ExpectedSpeedup):
+            print(schedule)
+        else:
+            print(f"K is always {', '.join(map(str, schedule.choices))}: num_speculative_tokens='auto' would measure and choose.")
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Tensor | MTPOutput:
         """What `model.generate` returns for the same arguments, several tokens per forward pass.

@@ -42,6 +42,10 @@ class DraftSchedule(ABC):
         """A round is over."""
         return
 
+    def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """What a round of a trial took, whose text says nothing about acceptance."""
+        return
+
 
 class FixedLength(DraftSchedule):
     """The same K every round; 0 is plain decoding."""
@@ -51,6 +55,17 @@ class FixedLength(DraftSchedule):
 
     def next_length(self, metrics: Metrics) -> int:
         return self.choices[0]
+
+
+class Trial(FixedLength):
+    """The same K every round, and what each of them took."""
+
+    def __init__(self, num_speculative_tokens: int) -> None:
+        super().__init__(num_speculative_tokens)
+        self.seconds: list[float] = []
+
+    def observe(self, seen: Seen) -> None:
+        self.seconds.append(seen.seconds)
 
 
 class Outlook(NamedTuple):
@@ -106,17 +121,20 @@ class ExpectedSpeedup(DraftSchedule):
         rows = [(count, cut) for count, cut in zip(seen.counts, seen.cut, strict=True) if count]
         if not rows:
             return
-        self._place = (len(seen.counts), seen.num_tokens.bit_length())
         for count, cut in rows:
             self._learn(seen.num_drafted, count, cut)
         appended = sum(count for count, _ in rows) / len(rows)
-        self._costs[self._place].setdefault(seen.num_drafted, deque(maxlen=9)).append(seen.seconds)
+        self.time(seen.num_drafted, len(seen.counts), seen.num_tokens, seen.seconds)
         self._tokens[seen.num_drafted].append(appended)
         self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
         self._seconds += seen.seconds
         if seen.num_drafted != self._current:
             best = max(each.rate for each in self.outlook())
             self._spent += max(seen.seconds - appended / best, 0.0)
+
+    def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
+        self._place = (num_rows, num_tokens.bit_length())
+        self._costs[self._place].setdefault(num_speculative_tokens, deque(maxlen=9)).append(seconds)
 
     def next_length(self, metrics: Metrics) -> int:
         for k in (self.start, 0):
@@ -139,6 +157,18 @@ class ExpectedSpeedup(DraftSchedule):
             measured = (sum(counts) / len(counts) if counts else float("nan"), median_low(costs) if costs else float("nan"))
             found.append(Outlook(k, tokens, self._cost(k), *measured, len(costs)))
         return found
+
+    def __str__(self) -> str:
+        """A table of the outlook, the K that it would take now marked."""
+        head = f"{'K':>4}{'tokens/round':>14}{'measured':>10}{'ms/round':>10}{'measured':>10}{'rounds':>8}{'tokens/s':>10}"
+        rows = self.outlook()
+        best = max(rows, key=lambda each: each.rate)
+        lines = [
+            f"{'>' if each is best else ' '}{each.num_speculative_tokens:>3}{each.tokens:>14.2f}{each.measured_tokens:>10.2f}"
+            f"{1e3 * each.seconds:>10.1f}{1e3 * each.measured_seconds:>10.1f}{each.rounds:>8}{each.rate:>10.1f}"
+            for each in rows
+        ]
+        return "\n".join([head, *lines])
 
     def _learn(self, num_drafted: int, count: int, cut: bool) -> None:
         """A row kept count - 1 draft tokens and, unless its text was cut, refused the next."""

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics
+from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics, MTPDecoder
 from mtpdecode.schedule import ExpectedSpeedup, Seen, schedule_for
 from tests import tiny
 
@@ -155,3 +155,23 @@ def test_auto_gives_the_same_text():
 def test_a_range_that_is_none(longest, start):
     with pytest.raises(GenerationError, match="longest must be at least 1"):
         ExpectedSpeedup(longest, start)
+
+
+def test_warmup_measures_every_length(capsys):
+    decoder = MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama"), num_speculative_tokens="auto")
+    decoder.warmup(batch_sizes=(1, 3), num_tokens=8, progress=False)
+    for each in decoder.options.schedule.outlook():
+        assert each.rounds >= 2, f"{each}"
+        assert each.seconds > 0
+    decoder.generate(**tiny.padded(tiny.prompts(3)), max_new_tokens=12, do_sample=False)
+    assert decoder.metrics.drafted[0] > 0, "costs are known, so the first round drafts what pays"
+    decoder.explain()
+    said = capsys.readouterr().out
+    assert "tokens/s" in said
+    assert len(said.splitlines()) == 1 + len(decoder.options.schedule.choices)
+    assert said.count(">") == 1
+
+
+def test_explain_without_auto(capsys):
+    tiny.decoder("llama", 2).explain()
+    assert "K is always 2" in capsys.readouterr().out
