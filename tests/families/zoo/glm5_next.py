@@ -36,7 +36,7 @@ TEXT = {
     "index_topk": TOPK,
     "index_kpool": KPOOL,
     "index_head_dim": 8,
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "linear_head_dim": 8,
     "linear_num_heads": 4,
     "linear_lower_bound": -1.0,
