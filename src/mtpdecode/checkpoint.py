@@ -21,7 +21,11 @@ from .spec import MTPSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DRAFT_VOCABULARY = "draft_vocabulary"
-QUANTISED = (".weight_scale_inv", ".weight_scale", ".qweight", ".qzeros", ".weight_packed")
+QUANTISED = (
+    *(".weight_scale_inv", ".weight_scale", ".weight_packed", ".scale"),  # compressed-tensors, FP8 and FP4, DeepSeek's own
+    *(".qweight", ".qzeros", ".scales", ".weight.absmax", ".SCB"),  # GPTQ and AWQ, bitsandbytes
+)
+"""How the tensors beside a quantised matrix are called."""
 
 
 class Part(NamedTuple):

@@ -86,8 +86,8 @@ def _unknown_base(source: str, raw: dict[str, Any]) -> str:
     if "auto_map" in raw:
         return f"{told}{head}pass trust_remote_code=True to run the target with the code that comes with the checkpoint."
     return (
-        f"{told}{head}no code comes with the checkpoint either. Install a transformers that has {model_type!r}, or load the target "
-        "yourself and pass it to MTPDecoder.from_model(model, head='FOLDER/OR/REPOSITORY')."
+        f"{told}{head}no code comes with the checkpoint either. Install a transformers that has {model_type!r}, or load the "
+        "target yourself and pass it to MTPDecoder.from_model(model, head='FOLDER/OR/REPOSITORY')."
     )
 
 
@@ -116,7 +116,9 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
         )
     checkpoint = Checkpoint(place)
     _refuse_drafter(checkpoint)
-    return _read(target, checkpoint, spec or spec_for(model_type, name, checkpoint.files))
+    own = str(checkpoint.config.get("model_type"))  # tells more than a target that was loaded as another
+    is_another = any(own in row.model_types and row.base_model_type == model_type for row in FAMILIES)
+    return _read(target, checkpoint, spec or spec_for(own if is_another else model_type, name, checkpoint.files))
 
 
 def _listed_type(target: PreTrainedModel) -> str:
@@ -133,8 +135,8 @@ def _refuse_drafter(checkpoint: Checkpoint) -> None:
     found = next((name for name in OTHER_DRAFTERS if any(name.lower() in str(each).lower() for each in told)), None)
     if found:
         raise UnsupportedModelError(
-            f"The MTP head of {checkpoint.source!r} was asked for; it holds a {found} drafter, which is trained apart and drafts in "
-            "another way: mtpdecode decodes with native MTP heads only. Give the checkpoint that has one: "
+            f"The MTP head of {checkpoint.source!r} was asked for; it holds a {found} drafter, which is trained apart and drafts "
+            "in another way: mtpdecode decodes with native MTP heads only. Give the checkpoint that has one: "
             "from_model(model, head='ORIGINAL/REPOSITORY'); to speculate without a head, pass proposer=NGramProposer()."
         )
 
@@ -144,8 +146,9 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
     num_layers = num_head_layers(checkpoint, spec)
     if num_layers < 1:
         raise UnsupportedModelError(
-            f"The MTP head of {checkpoint.source!r} was asked for; no {' or '.join(spec.num_layers_keys)} in its config "
-            f"counts any, so {type(target).__name__} has no native MTP head. Known families: {', '.join(sorted(known_model_types()))}. "
+            f"The MTP head of {checkpoint.source!r} was asked for; no {' or '.join(spec.num_layers_keys)} in its config counts "
+            f"layers, so {type(target).__name__} has no native MTP head. "
+            f"Known families: {', '.join(sorted(known_model_types()))}. "
             "Pass head='FOLDER/OR/REPOSITORY' to take one from elsewhere; to speculate without a head, proposer=NGramProposer()."
         )
     vocabulary = read_draft_vocabulary(checkpoint)
