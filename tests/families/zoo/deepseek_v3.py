@@ -9,6 +9,10 @@ from tests.families.zoo import Case
 LAYOUT = deepseek_layout()
 
 
+def deeper():
+    return tiny.fill(tiny.build("deepseek_v3", num_hidden_layers=3), seed=0)
+
+
 def three(settings):
     return settings | {"num_nextn_predict_layers": 3}
 
@@ -18,7 +22,7 @@ CASES = [
     Case(
         "deepseek_v3",
         "deepseek_v3-3",
-        partial(tiny.build, "deepseek_v3", num_hidden_layers=3),
+        deeper,
         LAYOUT.published,
         twin_of(LAYOUT, 3),
         config=three,

@@ -176,7 +176,7 @@ def _attention(x, weights, config):
     keys = _rotated(_norm(x @ weights["attn.wkv"].T, weights["attn.kv_norm"])[:, None])[:, 0]
     scores = torch.einsum("qhd,kd->hqk", queries, keys) * DIM**-0.5
     distance = torch.arange(n)[:, None] - torch.arange(n)
-    scores = scores.masked_fill((distance < 0) | (distance >= WINDOW), float("-inf"))
+    scores = scores.masked_fill((distance < 0) | (distance >= config.sliding_window), float("-inf"))
     sinks = weights["attn.attn_sink"][:, None, None].expand(-1, n, 1)
     shares = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     mixed = _rotated(torch.einsum("hqk,kd->qhd", shares, keys), -1.0)

@@ -66,7 +66,7 @@ def drafts(model, tensors, text, num_steps):
         query, key = norm(query, "layers.0.self_attn.q_norm"), norm(key, "layers.0.self_attn.k_norm")
         theta = settings.rope_parameters["rope_theta"]
         seen = causal_attention(
-            rotated_halves(query, theta), rotated_halves(key, theta), value, settings.head_dim**-0.5, tiny.WINDOW
+            rotated_halves(query, theta), rotated_halves(key, theta), value, settings.head_dim**-0.5, settings.sliding_window
         )
         return linear(seen, names["o"])
 

@@ -43,8 +43,9 @@ def config(settings, types=None, windows=None):
 # ── the twin ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drafts(model, tensors, text, num_steps, window=tiny.WINDOW, rope=True):
+def drafts(model, tensors, text, num_steps, window="target", rope=True):
     settings = model.config
+    window = settings.sliding_window if window == "target" else window
 
     def norm(x, name):
         return rms_norm(x, tensors[f"mtp.{name}.weight"], settings.rms_norm_eps)

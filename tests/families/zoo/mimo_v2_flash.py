@@ -103,7 +103,7 @@ class Layer:
         turned = int(12 * 0.334)  # of each query and key, the first four numbers
         query, key = (torch.cat([rotated_halves(y[..., :turned], 10000.0), y[..., turned:]], -1) for y in (query, key))
         sinks = self.tensors[self.prefix + "self_attn.attention_sink_bias"]
-        seen = causal_attention(query, key, 0.707 * value, 12**-0.5, tiny.WINDOW, sinks)
+        seen = causal_attention(query, key, 0.707 * value, 12**-0.5, self.settings.sliding_window, sinks)
         return self.linear(seen, "self_attn.o_proj")
 
     def __call__(self, embeds, hidden):
