@@ -14,8 +14,8 @@ from .errors import UnsupportedModelError
 from .spec import MTPSpec
 from .state import Window
 
-CHOOSING = ("indexed_attention", "deepseek_sparse_attention")
-"""Layer types with an indexer that chooses single keys; the second is what transformers 5.17 calls the first."""
+CHOOSING = ("indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention")
+"""Layer types with an indexer that chooses single keys; the others are what transformers 5.17 calls the first."""
 
 
 def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrainedConfig) -> list[nn.Module]:
@@ -37,7 +37,7 @@ def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrain
 
 @contextmanager
 def recorded(indexers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, every choice that one of these makes: (B, T, k) slots, the best k for each of T queries."""
+    """Inside, every choice that one of these makes: (B, T, k) slots, the best k for each of T queries; or (B, 1, T, slots) bool."""
     choices: list[Tensor] = []
     handles = [indexer.register_forward_hook(lambda _, args, choice: choices.append(choice)) for indexer in indexers]
     try:
@@ -48,7 +48,8 @@ def recorded(indexers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def chosen(choice: Tensor, window: Window, counts: Tensor) -> Tensor:
-    """choice (B, T, k) made over a window -> (B, slots) bool: what the last real query of each row attends to.
+    """choice (B, T, k), or (B, 1, T, slots) bool, made over a window -> (B, slots) bool: what the last real query of each row
+    attends to.
 
         choice of the last query 3 0      it sees slots 0 1 2 3 of 6      kept 1 0 0 1 0 0
 
@@ -57,6 +58,8 @@ def chosen(choice: Tensor, window: Window, counts: Tensor) -> Tensor:
     assert isinstance(window.mask, Tensor)
     mask = _of_last(window.mask[:, 0], counts)
     seen = mask if mask.dtype == torch.bool else mask == 0
+    if choice.dtype == torch.bool:
+        return _of_last(choice[:, 0], counts) & seen
     return torch.zeros_like(seen).scatter(-1, _of_last(choice, counts).long(), True) & seen
 
 

@@ -15,7 +15,7 @@ PREFIX = "model.mtp_layers.0."
 NOPE, ROPE, LATENT, VALUE, HEADS = 8, 8, 16, 8, 4
 
 
-def build():
+def build(**changes):
     config = HYV4Config(
         hidden_size=tiny.SIZE,
         vocab_size=tiny.VOCAB,
@@ -40,8 +40,14 @@ def build():
         pad_token_id=tiny.PAD,
         bos_token_id=tiny.BOS,
         eos_token_id=tiny.EOS,
+        **changes,
     )
     return tiny.fill(HYV4ForCausalLM(config).eval(), 0)
+
+
+def sharing():
+    """A target whose config has all draft steps read the keys that the first one chose."""
+    return build(index_share_for_mtp_iteration=True)
 
 
 # ── as it is published ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,11 +99,13 @@ def drafts(model, tensors, text, num_steps):
     """Row j pairs the hidden state of token j with token j + 1; behind the last true row stand the head's own outputs."""
     weights = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
     tokens, hidden, logits = text[1:], _states(model, text[:-1]), []
+    shares = getattr(model.config, "index_share_for_mtp_iteration", False)
     for _ in range(num_steps):
         embeds = model.model.embed_tokens.weight[torch.tensor(tokens)]
         pair = torch.cat([_norm(embeds, weights["enorm"]), _norm(hidden, weights["hnorm"])], dim=-1)
         x = pair @ weights["eh_proj"].T
-        x = x + _attention(_norm(x, weights["input_layernorm"]), weights, model.config)
+        read = _norm(x, weights["input_layernorm"])
+        x = x + _attention(read, weights, model.config, len(text) - 1 if shares else len(tokens))
         x = x + _mixture(_norm(x, weights["post_attention_layernorm"]), weights, model.config)
         normed = _norm(x[-1:], weights["final_layernorm"])
         logits.append((normed @ model.lm_head.weight.T)[0])
@@ -126,7 +134,8 @@ def _rotated(x, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _attention(x, weights, config):
+def _attention(x, weights, config, num_choosing):
+    """Rows from num_choosing on attend to what the row before them chose."""
     n, theta = len(x), config.rope_parameters["rope_theta"]
     low = _norm(x @ weights["self_attn.q_a_proj"].T, weights["self_attn.q_a_layernorm"], 1e-6)
     queries = (low @ weights["self_attn.q_b_proj"].T).view(n, HEADS, NOPE + ROPE)
@@ -136,7 +145,9 @@ def _attention(x, weights, config):
     keys, values = (latent @ weights["self_attn.kv_b_proj"].T).view(n, HEADS, NOPE + VALUE).split([NOPE, VALUE], dim=-1)
     keys = torch.cat([keys, _rotated(turning[:, None], theta).expand(-1, HEADS, -1)], dim=-1)
     scores = torch.einsum("qhd,khd->hqk", queries, keys) * (NOPE + ROPE) ** -0.5
-    scores = scores.masked_fill(~_picked(x, low, weights, config), float("-inf"))
+    picked = _picked(x, low, weights, config)
+    picked[num_choosing:] = picked[num_choosing - 1].clone()
+    scores = scores.masked_fill(~picked, float("-inf"))
     sinks = weights["self_attn.learnable_sink_param"][:, None, None].expand(-1, n, 1)
     shares = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     mixed = torch.einsum("hqk,khd->qhd", shares, values).flatten(1)
@@ -183,5 +194,5 @@ def _expert(x, expert, weights, limit):
 
 CASES = [
     Case("hy_v4", "hy_v4", build, published, drafts, one_layer),
-    Case("hy_v4", "hy_v4-experts-apart", build, published_apart, drafts, said_twice),
+    Case("hy_v4", "hy_v4-experts-apart", sharing, published_apart, drafts, said_twice),
 ]

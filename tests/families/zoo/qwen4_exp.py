@@ -4,9 +4,11 @@ The head is fed the streams before the mixer and recycles its own; both projecti
 block attends to the tokens of the blocks that an indexer picks, and has no n-gram embeddings though layers of the target do.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from transformers import Qwen4ExpForCausalLM, Qwen4ExpTextConfig
+from transformers import Qwen4ExpConfig, Qwen4ExpForCausalLM, Qwen4ExpForConditionalGeneration, Qwen4ExpTextConfig
 
 from tests import tiny
 from tests.families.zoo import Case
@@ -51,13 +53,27 @@ NGRAMS = {
     "split_ngram_parts": 2,
 }
 
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": tiny.SIZE,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
 
 def build():
-    return tiny.fill(Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**SETTINGS)).eval(), 0)
+    """All draft steps read the tokens that the first one picked."""
+    config = Qwen4ExpTextConfig(**SETTINGS, index_share_for_mtp_iteration=True)
+    return tiny.fill(Qwen4ExpForCausalLM(config).eval(), 0)
 
 
-def build_with_ngrams():
-    return tiny.fill(Qwen4ExpForCausalLM(Qwen4ExpTextConfig(**(SETTINGS | NGRAMS))).eval(), 3)
+def wrapped():
+    """The class that reads images too, as in the released checkpoint, with n-grams in one layer of the text model."""
+    config = Qwen4ExpConfig(text_config=SETTINGS | NGRAMS, vision_config=VISION, image_token_id=3, video_token_id=4)
+    return tiny.fill(Qwen4ExpForConditionalGeneration(config).eval(), 3)
 
 
 # ── as it is published ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,7 +94,9 @@ def published(head, model):
 
 
 def config(settings):
-    return settings | {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    """The number of MTP layers stands beside the other settings of the text model."""
+    settings.get("text_config", settings).update(mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False)
+    return settings
 
 
 # ── the twin ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,12 +107,15 @@ def drafts(model, tensors, text, num_steps):
     """Row j pairs the streams of token j with token j + 1; behind the last true row stand the head's own streams."""
     weights = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
     tokens, streams, logits = text[1:], _states(model, text[:-1]), []
+    config = model.config.get_text_config()
+    shares = getattr(config, "index_share_for_mtp_iteration", False)
     for _ in range(num_steps):
-        embeds = _norm(model.model.embed_tokens.weight[torch.tensor(tokens)], weights["pre_fc_norm_embedding"])
+        embeds = _norm(model.get_input_embeddings().weight[torch.tensor(tokens)], weights["pre_fc_norm_embedding"])
         hidden = _norm(streams, weights["pre_fc_norm_hidden"]).view(len(tokens), STREAMS, tiny.SIZE)
         x = hidden @ weights["fc_hidden"].T + (embeds @ weights["fc_embedding"].T)[:, None]
-        x = _around(x, "attn", weights, lambda flow: _attention(flow, weights, model.config))
-        x = _around(x, "mlp", weights, lambda flow: _mixture(flow, weights, model.config))
+        num_picking = len(text) - 1 if shares else len(tokens)
+        x = _around(x, "attn", weights, partial(_attention, weights=weights, config=config, num_picking=num_picking))
+        x = _around(x, "mlp", weights, partial(_mixture, weights=weights, config=config))
         mixed, _ = _mixed(x, "hyper_connection_mixer", weights)
         logits.append(mixed[-1] @ model.lm_head.weight.T)
         tokens, streams = [*tokens, int(logits[-1].argmax())], torch.cat([streams, x[-1:].flatten(1)])
@@ -104,7 +125,7 @@ def drafts(model, tensors, text, num_steps):
 def _states(model, ids):
     """The target's streams (n, STREAMS * D) before its mixer."""
     kept = []
-    hook = model.model.hyper_connection_mixer.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0]))
+    hook = model.get_decoder().get_decoder().hyper_connection_mixer.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0]))
     model(torch.tensor([ids]), use_cache=False)
     hook.remove()
     return kept[0][0]
@@ -137,7 +158,8 @@ def _rotated(x, rows, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def _attention(x, weights, config):
+def _attention(x, weights, config, num_picking):
+    """Rows from num_picking on attend to what the row before them picked."""
     n, theta, name = len(x), config.rope_parameters["rope_theta"], "layers.0.self_attn."
     rows = torch.arange(n)
     queries, gate = (x @ weights[name + "q_proj"].T).view(n, HEADS, 2 * DIM).split(DIM, dim=-1)
@@ -146,7 +168,9 @@ def _attention(x, weights, config):
     keys = _rotated(_norm(keys, weights[name + "k_norm"]), rows, theta).repeat_interleave(HEADS // GROUPS, dim=1)
     values = values.repeat_interleave(HEADS // GROUPS, dim=1)
     scores = torch.einsum("qhd,khd->hqk", queries, keys) * DIM**-0.5
-    shares = scores.masked_fill(~_picked(x, weights, theta), float("-inf")).softmax(-1)
+    picked = _picked(x, weights, theta)
+    picked[num_picking:] = picked[num_picking - 1].clone()
+    shares = scores.masked_fill(~picked, float("-inf")).softmax(-1)
     mixed = torch.einsum("hqk,khd->qhd", shares, values) * torch.sigmoid(gate)
     return mixed.flatten(1) @ weights[name + "o_proj"].T
 
@@ -190,5 +214,5 @@ def _mixture(x, weights, config):
 
 CASES = [
     Case("qwen4_exp", "qwen4_exp", build, published, drafts, config, crop=False),
-    Case("qwen4_exp", "qwen4_exp-ngrams", build_with_ngrams, published, drafts, config, crop=False),
+    Case("qwen4_exp", "qwen4_exp-vision-ngrams", wrapped, published, drafts, config, crop=False),
 ]
