@@ -593,10 +593,10 @@ def families() -> list[dict[str, object]]:
 
 
 def families_table() -> str:
-    """The table as Markdown: `docs/families.md` holds it."""
-    titles = ("family", "model types", "checkpoints", "counted by", "tensors", "fed, order, recycled", "held to")
+    """The table as Markdown, sorted: `docs/families.md` holds it."""
+    titles = ("family", "model types", "checkpoints", "config field", "tensors", "fed, order, recycled", "verified, against what")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for row in FAMILIES:
+    for row in sorted(FAMILIES, key=lambda row: row.family):
         how = f"{row.hidden}, {row.combine}, {row.recycle}" + "; reads the target's keys" * (row.kv == "target")
         types, examples = ", ".join(f"`{name}`" for name in row.model_types), ", ".join(row.examples)
         cells = (f"`{row.family}`", types, examples, f"`{_counted_by(row)}`", f"`{row.prefix}*`", how, row.verified)
