@@ -26,6 +26,7 @@ from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, decode
 from .metrics import Metrics
 from .proposer import Call, DraftSampling, MixedProposer, MTPProposer, NGramProposer, NoDraft, Proposer
+from .rehearsal import rehearse
 from .request import (
     OURS,
     Request,
@@ -47,6 +48,7 @@ from .target import (
     check_own_code,
     decoder_of,
     evaluating,
+    has_own_code,
     layer_plans,
     layer_windows,
     text_config,
@@ -120,7 +122,9 @@ class MTPDecoder:
         self.target, self.proposer, self.options, self._cache_factory = target, proposer, options, cache
         self.head = proposer.head if isinstance(proposer, MTPProposer) else None
         self.assistant = proposer.assistant if isinstance(proposer, AssistantProposer) else None
-        self._layout()  # a layer or an attention that is not ours is an error now, not at the first call
+        layout = self._layout()  # a layer or an attention that is not ours is an error now, not at the first call
+        if has_own_code(target):
+            rehearse(target, layout)
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
         self.metrics: Metrics | None = None

@@ -49,7 +49,7 @@ ALIGNED = {"indexed_attention": ("glm5_next_text",), "deepseek_sparse_attention"
 """The same for models that go by the cache's length, and allow for what is not there at the beginning of rows."""
 
 
-COMPRESSED = {kind: ("deepseek_v4",) for kind in ("compressed_sparse_attention", "heavily_compressed_attention")}
+COMPRESSED = dict.fromkeys(("compressed_sparse_attention", "heavily_compressed_attention"), ("deepseek_v4",))
 """Layer types that see blocks of tokens compressed into one key, and the model types that do it as the cache does."""
 
 MEDIA = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
@@ -69,7 +69,7 @@ Hidden = Literal["post_norm", "pre_norm", "streams"]
 
 
 class TargetOutput(NamedTuple):
-    """logits (B, n, V) of the last n positions of the window; hidden (B, T, D) as the head wants it, streams one behind the other."""
+    """logits (B, n, V) of the last n positions of the window; hidden (B, T, D) as the head wants it, or (B, T, streams * D)."""
 
     logits: Tensor
     hidden: Tensor
@@ -205,10 +205,15 @@ def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.
     return LayerPlan(mask, isinstance(layer, CacheLayerMixin), layer.number_of_states, mixer, blanks)
 
 
+def has_own_code(model: PreTrainedModel) -> bool:
+    """Whether a model's code came with its checkpoint."""
+    return type(model).__module__.startswith("transformers_modules")
+
+
 def check_own_code(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError where a model that comes with its own code says too little of its layers to be exact."""
     config, name = text_config(model), type(model).__name__
-    if not type(model).__module__.startswith("transformers_modules"):
+    if not has_own_code(model):
         return
     window, told = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if model._is_stateful:
@@ -265,8 +270,6 @@ def placeholders(model: PreTrainedModel) -> list[int]:
 def embedded(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """tokens (B, T) -> what the model's forward takes instead: inputs_embeds (B, T, D), and per_layer_inputs (B, T, L, d) where
     every layer has an embedding of its own."""
-    for token in placeholders(model):  # as the model itself reads one that it wrote
-        tokens = tokens.masked_fill(tokens == token, text_config(model).pad_token_id)
     inputs = {"inputs_embeds": model.get_input_embeddings()(tokens)}
     if has_per_layer_inputs(model):
         inputs["per_layer_inputs"] = decoder_of(model).get_per_layer_inputs(tokens, None)

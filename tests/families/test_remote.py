@@ -240,6 +240,35 @@ def test_a_base_that_nobody_knows(tmp_path):
     assert "mtpdecode knows its MTP head" not in said
 
 
+DEAF = """
+    def forward(self, *args, {ignored}=None, **kwargs):
+        return super().forward(*args, **kwargs)
+"""
+OTHERWISE = {
+    "masks": (DEAF.format(ignored="attention_mask"), "the logits of a rehearsal are off"),
+    "positions": (DEAF.format(ignored="position_ids"), "the logits of a rehearsal are off"),
+    "caches": (DEAF.format(ignored="past_key_values"), "it raises RuntimeError"),
+    "the names of old": (
+        """
+    def forward(self, input_ids, attention_mask=None, past_key_value=None):
+        return super().forward(input_ids)
+""",
+        "it raises TypeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_code_that_takes_things_otherwise(what, tmp_path):
+    """It is tried out before it is trusted: such a model would write another text than its own `generate`."""
+    more, says = OTHERWISE[what]
+    write(tmp_path / "published", "kimi_k3", FAMILIES_THERE["kimi_k3"], more)
+    said = refusal(tmp_path / "published", trust_remote_code=True)
+    assert says in said
+    assert "TinyForCausalLM was to be decoded" in said
+    assert "model.generate()" in said
+
+
 @pytest.mark.parametrize(
     ("more", "settings", "says"),
     [

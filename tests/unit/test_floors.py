@@ -11,7 +11,7 @@ FLOORS = (
     "errors spec distances state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
     "sampling stopping families checkpoint target blocks indexer schedule vocabulary",  # 1  arithmetic and tables that raise our errors
     "acceptance cache head request",  # 2  the parts
-    "proposer verifier loading laws",  # 3  the roles, and what fills them
+    "proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop
     "decoder train",  # 5  what people type
     "presets testing llm",  # 6  what is built on the decoder
