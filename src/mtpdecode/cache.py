@@ -263,8 +263,8 @@ class _AlignedLayer(_RaggedLayer):
 class _CompressedLayer(_RaggedLayer, HookedLayer):
     """Keys and values, and one more key for every whole block of tokens (DeepSeek-V4).
 
-    No block is kept, for its tokens may yet be refused. What each token gives to its block lies at the token's own slot, and every
-    window compresses all slots anew: a block that is not whole is compressed too, and no query sees it.
+    No block is kept, for its tokens may yet be refused. What each token gives to its block lies at the token's own slot, and
+    every window compresses all slots anew: a block that is not whole is compressed too, and no query sees it.
 
         tokens  a b c d | e f g     block size 4     blocks  [abcd] [efg.]     f, behind e, sees e f and [abcd]
     """
@@ -276,7 +276,7 @@ class _CompressedLayer(_RaggedLayer, HookedLayer):
         self._given: dict[str, Tensor] = {}
 
     def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
-        """kv, gate (B, T, d), what the window's tokens give -> those of all slots of whole blocks, and where the first one begins."""
+        """kv, gate (B, T, d), what the window's tokens give -> the same of all slots, and where the first block begins."""
         given, old = torch.cat([kv, gate], dim=-1)[:, None], self._given.get(name)
         self._given[name] = self._written(given[:, :, :0] if old is None else old, given)
         num_slots = self._slots.num_visible // self._size * self._size
@@ -346,8 +346,8 @@ class CropCache(KVCacheManager):
         recurrent = sorted({plan.layer_type for plan in layout.plans if plan.num_states or plan.block_size})
         if recurrent:
             raise CacheError(
-                f"CropCache was asked to hold layers of type {', '.join(recurrent)}; a state cannot be cropped, nor a compressed block. "
-                "Use RaggedCache."
+                f"CropCache was asked to hold layers of type {', '.join(recurrent)}; a state cannot be cropped, nor a "
+                "compressed block. Use RaggedCache."
             )
         self.layout = layout
         self.lengths = torch.zeros(1, dtype=torch.long, device=device)

@@ -94,21 +94,25 @@ class MTPLayer(nn.Module):
     def _fused(self, embeds: Tensor, hidden: Tensor) -> Tensor:
         """embeds (B, T, D), hidden (B, T, D) -> (B, T, D); or of every stream, one behind the other."""
         if self.spec.combine == "sum":
-            embeds, streams = self.proj_embed(self.norm_embed(embeds)), self._normed_streams(hidden)
-            return (self.proj_hidden(streams) + embeds[..., None, :]).flatten(2)
+            embeds = self.proj_embed(self.norm_embed(embeds))
+            streams: Tensor = self.proj_hidden(self._normed_streams(hidden))
+            return (streams + embeds[..., None, :]).flatten(2)
         pair = [self.norm_embed(embeds), self.norm_hidden(hidden)]
         return self.proj(torch.cat(pair if self.spec.combine == "embed_hidden" else pair[::-1], dim=-1))  # type: ignore[no-any-return]
 
     def _normed_streams(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, streams * D) -> (B, T, streams, D)"""
-        apart = (self.num_streams, -1)
         if self.spec.stream_norm == "each":
-            return self.norm_hidden(hidden.unflatten(-1, apart))  # type: ignore[no-any-return]
-        return self.norm_hidden(hidden).unflatten(-1, apart)  # type: ignore[no-any-return]
+            return self.norm_hidden(self._split(hidden))  # type: ignore[no-any-return]
+        return self._split(self.norm_hidden(hidden))
+
+    def _split(self, streams: Tensor) -> Tensor:
+        """(B, T, streams * D) -> (B, T, streams, D)"""
+        return streams.view(*streams.shape[:-1], self.num_streams, -1)
 
     def _apart(self, x: Tensor) -> Tensor:
         """x (B, T, streams * D), with an axis for streams if the target's modules want one."""
-        return x.unflatten(-1, (self.num_streams, -1)) if self.spec.stream_axis else x
+        return self._split(x) if self.spec.stream_axis else x
 
     def _rotated(self, x: Tensor, window: Window, rotary: nn.Module | None) -> Any:
         """The rotary angles, of the block's own layer type where the target's types differ in them; None without positions."""

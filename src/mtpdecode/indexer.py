@@ -37,7 +37,7 @@ def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrain
 
 @contextmanager
 def recorded(indexers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, every choice that one of these makes: (B, T, k) slots, the best k for each of T queries; or (B, 1, T, slots) bool."""
+    """Inside, every choice that one of these makes: (B, T, k), the best k slots for each of T queries; or (B, 1, T, slots)."""
     choices: list[Tensor] = []
     handles = [indexer.register_forward_hook(lambda _, args, choice: choices.append(choice)) for indexer in indexers]
     try:

@@ -102,7 +102,7 @@ def published(head, model):
 
 
 def config(settings):
-    """The published config counts the head's layer in `compress_ratios`, and has fields of its own for what is derived from them."""
+    """The published config counts the head's layer in `compress_ratios`, and has other fields for what transformers derives."""
     for name in ("layer_types", "mlp_layer_types", "partial_rotary_factor", "rope_parameters"):
         settings.pop(name)
     ours = {"compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1, "qk_rope_head_dim": ROPE}

@@ -125,7 +125,8 @@ def drafts(model, tensors, text, num_steps):
 def _states(model, ids):
     """The target's streams (n, STREAMS * D) before its mixer."""
     kept = []
-    hook = model.get_decoder().get_decoder().hyper_connection_mixer.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0]))
+    mixer = model.get_decoder().get_decoder().hyper_connection_mixer
+    hook = mixer.register_forward_hook(lambda _, inputs, output: kept.append(inputs[0]))
     model(torch.tensor([ids]), use_cache=False)
     hook.remove()
     return kept[0][0]
