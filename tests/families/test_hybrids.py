@@ -3,14 +3,16 @@
 import pytest
 import torch
 from transformers import Qwen3_5ForConditionalGeneration
+from transformers.modeling_layers import MtpModel
 
 from mtpdecode import GenerationError, MTPDecoder, MTPHead, UnsupportedModelError
 from mtpdecode.families import FAMILIES
 from mtpdecode.recurrent import RecurrentLayer
 from mtpdecode.train import mtp_loss, target_hidden
 from tests import tiny
+from tests.families.layouts import qwen_layout, twin_of
 from tests.families.test_zoo import write_case
-from tests.families.zoo import qwen3_5, qwen3_next
+from tests.families.zoo import qwen3_5, qwen3_5_moe, qwen3_next
 
 LENGTHS, NUM_TOKENS = (30, 1, 17, 2), 24
 ROW = next(row for row in FAMILIES if row.family == "qwen3_5")
@@ -124,6 +126,20 @@ def test_the_block_is_full_attention_wherever_the_base_ends(build):
     model = build(layer_types=["linear_attention", "full_attention", "linear_attention"])
     row = next(row for row in FAMILIES if model.config.model_type in row.model_types)
     assert "self_attn" in dict(MTPHead(model, row).layers[0].block.named_children())
+
+
+@pytest.mark.parametrize("case", [*qwen3_5.CASES, *qwen3_5_moe.CASES, *qwen3_next.CASES], ids=lambda case: case.name)
+def test_the_plain_twins_are_transformers_own_head(case):
+    """transformers has a head that it can build and cannot use on a hybrid: the twins of the zoo say the same, where it takes steps."""
+    if not {"forward_layer"} <= set(vars(MtpModel)):
+        pytest.skip("the MtpModel of transformers 5.17 takes no single draft step")
+    model = case.build()
+    head = tiny.build_head(model, next(row for row in FAMILIES if row.family == case.family))
+    tensors = {name: tensor.detach() for name, tensor in case.published(head, model).items()}
+    text, theirs = rows()[0], twin_of(qwen_layout(), types="full_attention")
+    with torch.no_grad():
+        error = float((case.drafts(model, tensors, text, 3) - theirs(model, tensors, text, 3)).abs().max())
+    assert error < 1e-4, f"off by {error:.1e}"
 
 
 def test_a_recurrent_block_is_refused():

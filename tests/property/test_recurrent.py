@@ -16,10 +16,10 @@ from mtpdecode import recurrent as module
 from mtpdecode.cache import CacheLayout
 from mtpdecode.recurrent import LayerPlan, RecurrentLayer
 from mtpdecode.target import decoder_of, forward, layer_plans, layer_windows
-from tests.families.zoo import qwen3_5
+from tests.families.zoo import qwen3_5, qwen3_5_moe, qwen3_next
 from tests.tiny import VOCAB
 
-MODELS = {"qwen3_5": qwen3_5.build}
+MODELS = {"qwen3_5": qwen3_5.build, "qwen3_5_moe": qwen3_5_moe.build, "qwen3_next": qwen3_next.build}
 WIDTHS = (4, 1, 3, 70)
 """Tokens of the windows, in turn: a round, a round without a draft, and one that is longer than the chunks of chunked rules."""
 
@@ -222,9 +222,7 @@ def test_a_model_that_writes_into_its_loan():
 
 def test_a_mixer_nobody_has_shown_to_be_exact_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("mtpdecode.target.kind_of", lambda _: None)
-    with pytest.raises(
-        UnsupportedModelError, match=r"linear_attention layers .* Qwen3_5GatedDeltaNet.*known to be exact"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"linear_attention layers .* Qwen3_5GatedDeltaNet.*known to be exact"):
         manager_of(model_of("qwen3_5"))
 
 

@@ -6,10 +6,12 @@ The head's block is full attention, and lies under `mtp.` beside a base that lie
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
 from tests import tiny
-from tests.families.layouts import qwen_layout, twin_of
+from tests.families.layouts import qwen_layout
+from tests.families.twins import causal_attention, gated_mlp, heads, recurrent_drafts, rms_norm, rotated_halves
 from tests.families.zoo import Case
 
 LINEAR = {
@@ -79,11 +81,54 @@ def published_config(settings):
     return settings
 
 
+# ── the twin ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def attention(x, part, settings, norm):
+    """x (n, D) -> (n, D). A head's query comes with a gate for what it fetches; the first part of a head is rotated."""
+    size, rope = settings.head_dim, settings.rope_parameters
+    turned = int(size * rope["partial_rotary_factor"])
+
+    def rotated(states, name):
+        states = norm(states, f"self_attn.{name}_norm")
+        return torch.cat([rotated_halves(states[..., :turned], rope["rope_theta"]), states[..., turned:]], dim=-1)
+
+    query, gate = heads(x, part["self_attn.q_proj"], 2 * size).chunk(2, dim=-1)
+    key, value = (heads(x, part[f"self_attn.{name}_proj"], size) for name in "kv")
+    fetched = causal_attention(rotated(query, "q"), rotated(key, "k"), value, size**-0.5)
+    return F.linear(fetched * gate.transpose(0, 1).flatten(1).sigmoid(), part["self_attn.o_proj"])
+
+
+dense = partial(gated_mlp, at="mlp")
+
+
+def drafts(model, tensors, text, num_steps, mlp=dense):
+    """mlp: (x (n, D), the block's tensors) -> (n, D)."""
+    settings = model.config.get_text_config()
+    whole = {name.removeprefix("mtp.").removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    part = {name.removeprefix("layers.0."): tensor for name, tensor in whole.items()}
+
+    def norm(x, name):
+        return rms_norm(x, 1 + part[name], settings.rms_norm_eps)
+
+    def head(embeds, hidden):
+        pair = [norm(embeds, "pre_fc_norm_embedding"), norm(hidden, "pre_fc_norm_hidden")]
+        x = F.linear(torch.cat(pair, dim=-1), part["fc"])
+        x = x + attention(norm(x, "input_layernorm"), part, settings, norm)
+        x = x + mlp(norm(x, "post_attention_layernorm"), part)
+        return norm(x, "norm")
+
+    def states(ids):
+        return model.get_decoder()(ids, use_cache=False).last_hidden_state[0]
+
+    return recurrent_drafts(model, states, head, text, num_steps)
+
+
 CASE = partial(
     Case,
     "qwen3_5",
     published=LAYOUT.published,
-    drafts=twin_of(LAYOUT, types="full_attention"),
+    drafts=drafts,
     config=published_config,
     crop=False,
 )

@@ -2,10 +2,12 @@
 
 from functools import partial
 
+import torch.nn.functional as F
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from tests import tiny
-from tests.families.layouts import qwen_layout, twin_of
+from tests.families.layouts import qwen_layout
+from tests.families.twins import gated_mlp, mixture
 from tests.families.zoo import Case, qwen3_5
 
 EXPERTS = {
@@ -30,11 +32,25 @@ def stacked(head, _model):
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def mlp(x, part):
+    """x (n, D) through the two likeliest experts, and through the shared one as much as its gate says."""
+    likely, chosen = F.linear(x, part["mlp.gate"]).softmax(-1).topk(EXPERTS["num_experts_per_tok"])
+
+    def expert(number, token):
+        if f"mlp.experts.{number}.gate_proj" in part:
+            return gated_mlp(token, part, f"mlp.experts.{number}")
+        gate, up = F.linear(token, part["mlp.experts.gate_up_proj"][number]).chunk(2)
+        return F.linear(F.silu(gate) * up, part["mlp.experts.down_proj"][number])
+
+    routed = mixture(x, chosen, likely / likely.sum(-1, keepdim=True), expert)
+    return routed + F.linear(x, part["mlp.shared_expert_gate"]).sigmoid() * gated_mlp(x, part, "mlp.shared_expert")
+
+
 CASE = partial(
     Case,
     "qwen3_5_moe",
     build=build,
-    drafts=twin_of(LAYOUT, types="full_attention"),
+    drafts=partial(qwen3_5.drafts, mlp=mlp),
     config=qwen3_5.published_config,
     crop=False,
 )

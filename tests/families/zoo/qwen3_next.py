@@ -1,9 +1,11 @@
 """Qwen3-Next: gated delta networks with packed projections, gated attention, experts beside a shared one."""
 
+from functools import partial
+
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from tests import tiny
-from tests.families.layouts import qwen_layout, twin_of
+from tests.families.layouts import qwen_layout
 from tests.families.zoo import Case, qwen3_5, qwen3_5_moe
 
 SETTINGS = tiny.DENSE | qwen3_5.LINEAR | qwen3_5_moe.EXPERTS
@@ -19,5 +21,5 @@ def published_config(settings):
     return settings
 
 
-TWIN = twin_of(LAYOUT, types="full_attention")
-CASES = [Case("qwen3_next", "qwen3_next", build, LAYOUT.published, TWIN, published_config, crop=False)]
+DRAFTS = partial(qwen3_5.drafts, mlp=qwen3_5_moe.mlp)
+CASES = [Case("qwen3_next", "qwen3_next", build, LAYOUT.published, DRAFTS, published_config, crop=False)]
