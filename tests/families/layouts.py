@@ -115,11 +115,12 @@ class Twin:
     """transformers' MtpModel around a copy of a target. It knows no recurrent reuse: deeper steps take its last layer one by one.
 
     layers        per MTP layer, {our part: its tensors}        hidden   which of the target's hidden states is fed
-    hidden_first  the order inside the projection
+    hidden_first  the order inside the projection               recycle  "raw": the block's own output feeds the next step
+    zero_first    whether row 0 sees zeros instead of its embedding
     types         the attention type of every MTP layer; None: the base's last one        mlp_types   the same of MLPs
     """
 
-    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None, mlp_types=None):
+    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None, mlp_types=None, recycle="normed", zero_first=False):
         self.main, self.depth, self.hidden = copy.deepcopy(model), len(layers), hidden
         config = self.main.config.get_text_config()
         config.num_mtp_layers = self.depth
@@ -130,11 +131,13 @@ class Twin:
             config.mtp_layer_types = [types or config.layer_types[-1]] * self.depth
         if getattr(config, "mlp_layer_types", None):
             config.mtp_mlp_layer_types = [mlp_types or config.mlp_layer_types[-1]] * self.depth
-        self.mtp = MtpModel(self.main, self.depth).eval()
+        self.mtp, self.raw = MtpModel(self.main, self.depth).eval(), []
+        self.recycle, self.zero_first = recycle, zero_first
         for theirs, parts in zip(self.mtp.layers, layers, strict=True):
             theirs.mtp_block.load_state_dict(parts["block"])
             for ours, name in MTP_MODEL_NAMES.items():
                 getattr(theirs, name).load_state_dict(parts[ours])
+            theirs.mtp_block.register_forward_hook(lambda _, inputs, output: self.raw.append(output))
 
     def states(self, ids):
         """The target's hidden states (1, n, D), before or after the final norm."""
@@ -153,9 +156,12 @@ class Twin:
         for step in range(num_steps):
             if step >= self.depth:  # one row past the end: the last draft token, and what the last step put out
                 hidden, tokens, positions = hidden[:, -1:], tokens[:, -1:], positions[:, -1:]
-            layer = min(step, self.depth - 1)
-            hidden = self.mtp.forward_layer(layer, hidden, positions, cache, input_ids=tokens)
-            logits.append(self.mtp._project_to_logits(hidden[:, -1:])[0, 0])
+            layer, embeds = min(step, self.depth - 1), self.mtp.embed_tokens(tokens)
+            if self.zero_first and step < self.depth:
+                embeds[:, 0] = 0
+            normed = self.mtp.forward_layer(layer, hidden, positions, cache, inputs_embeds=embeds)
+            hidden = normed if self.recycle == "normed" else self.raw[-1]
+            logits.append(self.mtp._project_to_logits(normed[:, -1:])[0, 0])
             tokens = torch.cat([tokens[:, 1:], logits[-1].argmax()[None, None]], dim=1)
             positions = positions + 1
         return torch.stack(logits)

@@ -8,8 +8,9 @@ import torch
 from mtpdecode import MTPDecoder
 from mtpdecode.families import FAMILIES
 from tests import tiny
+from tests.families.layouts import twin_of
 from tests.families.test_zoo import built, write_case
-from tests.families.zoo import exaone_moe, mimo_v2_flash
+from tests.families.zoo import ernie4_5_moe, exaone_moe, glm4_moe_lite, glm_ocr, hy_v3, mimo_v2_flash
 
 ROWS = {row.family: row for row in FAMILIES}
 
@@ -28,6 +29,31 @@ CHOICES = {
         exaone_moe.CASES[1],
         {"block_attributes": ()},
         partial(exaone_moe.drafts, window=None, rope=False),
+    ),
+    "ERNIE without a norm before the output layer, as in vLLM": (
+        ernie4_5_moe.CASES[1],
+        {"norm_out": "none"},
+        partial(ernie4_5_moe.drafts, norm_out=False),
+    ),
+    "ERNIE with zeros for the first embedding, as in vLLM and SGLang": (
+        ernie4_5_moe.CASES[0],
+        {"zero_first_embedding": True},
+        partial(ernie4_5_moe.drafts, zero_first=True),
+    ),
+    "HY-V3 with zeros for the first embedding, as in vLLM and SGLang": (
+        hy_v3.CASES[0],
+        {"zero_first_embedding": True},
+        twin_of(hy_v3.LAYOUT, zero_first=True),
+    ),
+    "GLM's raw state recycled, as in vLLM": (
+        glm4_moe_lite.CASES[0],
+        {"recycle": "raw"},
+        twin_of(glm4_moe_lite.LAYOUT, recycle="raw"),
+    ),
+    "GLM-OCR's raw state recycled, as in vLLM": (
+        glm_ocr.CASES[0],
+        {"recycle": "raw"},
+        twin_of(glm_ocr.LAYOUT, recycle="raw"),
     ),
 }
 

@@ -73,19 +73,25 @@ def block(x, weights, config):
 
 
 @torch.no_grad()
-def drafts(model, tensors, text, num_steps):
-    """The final norm is the base's, and stands between block and output layer alone: what is fed on is the block's own output."""
+def drafts(model, tensors, text, num_steps, norm_out=True, zero_first=False):
+    """The final norm is the base's, and stands between block and output layer alone: what is fed on is the block's own output.
+
+    norm_out, zero_first: as other engines have it, without that norm, or with zeros instead of row 0's embedding.
+    """
     config, prefix = model.config, "model.mtp_block.0."
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     part = {key: tensors[f"model.mtp_{key}.0.weight"] for key in ("emb_norm", "hidden_norm", "linear_proj")}
     hidden, tokens = model.model(torch.tensor([text[:-1]]), use_cache=False).last_hidden_state[0], list(text[1:])
     logits = []
     for _ in range(num_steps):
-        embeds = rms_norm(model.model.embed_tokens(torch.tensor(tokens)), part["emb_norm"], config.rms_norm_eps)
+        embeds = model.model.embed_tokens(torch.tensor(tokens))
+        embeds[0] *= not zero_first
+        embeds = rms_norm(embeds, part["emb_norm"], config.rms_norm_eps)
         fed = rms_norm(hidden, part["hidden_norm"], config.rms_norm_eps)
         x = F.linear(torch.cat([embeds, fed], -1), part["linear_proj"], tensors.get("model.mtp_linear_proj.0.bias"))
         last = block(x, weights, config)[-1:]
-        logits.append(model.lm_head(rms_norm(last, model.model.norm.weight, config.rms_norm_eps))[0])
+        read = rms_norm(last, model.model.norm.weight, config.rms_norm_eps) if norm_out else last
+        logits.append(model.lm_head(read)[0])
         hidden, tokens = torch.cat([hidden, last]), [*tokens, int(logits[-1].argmax())]
     return torch.stack(logits)
 
