@@ -139,8 +139,7 @@ class Assistant(nn.Module):
     def forward(self, embeds: Tensor, hidden: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """embeds, hidden (B, 1, D) -> logits (B, V), what the next draft step is fed (B, 1, D)."""
         x = self.pre_projection(torch.cat([embeds, hidden], dim=-1))
-        for layer in self.model.layers:
-            kind = layer.self_attn.layer_type
+        for layer, kind in zip(self.model.layers, self.config.layer_types[self.num_layers :], strict=True):
             x = layer(x, shared_kv_states=seen.keys, position_embeddings=seen.angles[kind], attention_mask=seen.masks[kind])
         normed = self.model.norm(x)
         return self.logits(normed[:, 0]), self.post_projection(normed)

@@ -287,6 +287,8 @@ def _looked_up(model: PreTrainedModel, prompt: Prompt) -> Tensor:
 
 def _check_last(model: PreTrainedModel, prompt: Prompt) -> None:
     """Raise GenerationError for a prompt that ends in an image: the last token is read on its own, with what is drafted."""
+    if not prompt.is_whole:
+        return
     last = prompt.lengths[:, None] - 1
     ends = torch.isin(prompt.tokens.gather(1, last), torch.tensor(placeholders(model), device=last.device))
     if prompt.types is not None:

@@ -155,15 +155,17 @@ class Prompt(NamedTuple):
 
     def embedded(self, embeds: Tensor, slots: Tensor) -> Tensor:
         """embeds (B, T, D) of the tokens at slots (B, T), with the prompt's own embeddings where it came with some."""
-        return embeds if self.embeds is None else self._inserted(self.embeds, embeds, slots)
+        return self._inserted(self.embeds, embeds, slots)
 
     def inputs(self, inputs: dict[str, Tensor], slots: Tensor) -> dict[str, Tensor]:
         """The same for everything that a model makes of tokens before its first layer: inputs_embeds and per_layer_inputs."""
         given = {"inputs_embeds": self.embeds, "per_layer_inputs": self.per_layer}
-        return {name: own if given[name] is None else self._inserted(given[name], own, slots) for name, own in inputs.items()}
+        return {name: self._inserted(given[name], own, slots) for name, own in inputs.items()}
 
-    def _inserted(self, given: Tensor, own: Tensor, slots: Tensor) -> Tensor:
+    def _inserted(self, given: Tensor | None, own: Tensor, slots: Tensor) -> Tensor:
         """own (B, T, ...) with given (B, P, ...) where slots (B, T) are the prompt's."""
+        if given is None:
+            return own
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         inside = (slots < self.lengths[:, None]).view(*slots.shape, *[1] * (own.dim() - 2))
         return torch.where(inside, given[rows, slots.clamp(max=given.shape[1] - 1)], own)

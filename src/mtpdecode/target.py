@@ -154,7 +154,9 @@ def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | 
         "sliding_attention" if type(layer) is DynamicSlidingWindowLayer else "full_attention" for layer in layers
     ]
     indexed = [any(config.model_type in types.get(name, ()) for types in (INDEXED, COMPRESSED, ALIGNED)) for name in names]
-    planned = [name in NO_MIXER or isinstance(layer, LinearAttentionCacheLayerMixin) for name, layer in zip(names, layers, strict=True)]
+    planned = [
+        name in NO_MIXER or isinstance(layer, LinearAttentionCacheLayerMixin) for name, layer in zip(names, layers, strict=True)
+    ]
     known = [one or other for one, other in zip(indexed, planned, strict=True)]
     others = [(name, type(layer)) for name, layer, is_known in zip(names, layers, known, strict=True) if not is_known]
     unknown = {name for name, _ in others if name not in ("full_attention", "sliding_attention")}
@@ -287,25 +289,38 @@ def has_per_layer_inputs(model: PreTrainedModel) -> bool:
 
 
 def with_images(window: Window, types: Tensor, config: PreTrainedConfig) -> Window:
-    """A window from slot 0 on in whose sliding layers the tokens of one image see each other, where the model wants it so.
+    """A window from slot 0 on in which the tokens of one image see each other, where the model wants it so.
 
         types  0 1 1 0        slots  1 0 0 0
                                      1 1 1 0      the image's first token sees its second
                                      1 1 1 0
                                      1 1 1 1
 
+    gemma4 has it in its sliding layers, whose windows still end behind; gemma4_unified in all layers, over the whole image.
+
     types  (B, T) int64: 1 for tokens of an image, 2 of a video, else 0
     """
     if getattr(config, "use_bidirectional_attention", None) != "vision" or not isinstance(window.mask, dict):
         return window
-    image, sliding = (types == 1) | (types == 2), window.mask["sliding_attention"]
-    assert sliding is not None
-    begins = image & ~torch.nn.functional.pad(image, (1, -1))
-    number = begins.cumsum(-1)
-    joined = (number[:, :, None] == number[:, None, :]) & image[:, :, None] & image[:, None, :]
-    behind = torch.nn.functional.pad(joined.triu(), (0, sliding.shape[-1] - joined.shape[-1]))[:, None]
-    shown = sliding | behind if sliding.dtype == torch.bool else sliding.masked_fill(behind, 0.0)
-    return window._replace(mask=window.mask | {"sliding_attention": shown})
+    seen, everywhere = _same_image(types), config.model_type == "gemma4_unified_text"
+    ahead = {kind: seen if everywhere else seen.triu() for kind in window.mask if everywhere or kind == "sliding_attention"}
+    shown = {kind: _uncovered(window.mask[kind], tokens) for kind, tokens in ahead.items()}
+    return window._replace(mask=window.mask | shown)
+
+
+def _same_image(types: Tensor) -> Tensor:
+    """types (B, T) -> (B, T, T) bool: tokens that stand together without text between them."""
+    image = (types == 1) | (types == 2)
+    number = (image & ~torch.nn.functional.pad(image, (1, -1))).cumsum(-1)
+    return (number[:, :, None] == number[:, None, :]) & image[:, :, None] & image[:, None, :]
+
+
+def _uncovered(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """mask (B, 1, T, S), in which every token also sees tokens (B, T, T) of the window, which begins at slot 0."""
+    if mask is None:
+        return None
+    slots = torch.nn.functional.pad(tokens, (0, mask.shape[-1] - tokens.shape[-1]))[:, None]
+    return mask | slots if mask.dtype == torch.bool else mask.masked_fill(slots, 0.0)
 
 
 def check_attention(config: PreTrainedConfig, class_name: str) -> str:
