@@ -16,10 +16,15 @@ from mtpdecode import recurrent as module
 from mtpdecode.cache import CacheLayout
 from mtpdecode.recurrent import LayerPlan, RecurrentLayer
 from mtpdecode.target import decoder_of, forward, layer_plans, layer_windows
-from tests.families.zoo import qwen3_5, qwen3_5_moe, qwen3_next
+from tests.families.zoo import qwen3_5, qwen3_5_moe, qwen3_next, qwen4_exp
 from tests.tiny import VOCAB
 
-MODELS = {"qwen3_5": qwen3_5.build, "qwen3_5_moe": qwen3_5_moe.build, "qwen3_next": qwen3_next.build}
+MODELS = {
+    "qwen3_5": qwen3_5.build,
+    "qwen3_5_moe": qwen3_5_moe.build,
+    "qwen3_next": qwen3_next.build,
+    "qwen4_exp": qwen4_exp.wrapped,
+}
 WIDTHS = (4, 1, 3, 70)
 """Tokens of the windows, in turn: a round, a round without a draft, and one that is longer than the chunks of chunked rules."""
 
