@@ -130,7 +130,7 @@ def test_the_block_is_full_attention_wherever_the_base_ends(build):
 
 @pytest.mark.parametrize("case", [*qwen3_5.CASES, *qwen3_5_moe.CASES, *qwen3_next.CASES], ids=lambda case: case.name)
 def test_the_plain_twins_are_transformers_own_head(case):
-    """transformers has a head that it can build and cannot use on a hybrid: the twins of the zoo say the same, where it takes steps."""
+    """transformers can build a head for a hybrid and cannot speculate with it: the twins of the zoo say the same."""
     if not {"forward_layer"} <= set(vars(MtpModel)):
         pytest.skip("the MtpModel of transformers 5.17 takes no single draft step")
     model = case.build()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import (
     GenerationConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -117,16 +117,14 @@ def test_an_encoder_decoder_model(proposer):
         MTPHead(model, tiny.row_of("llama"))
 
 
-def test_a_layer_type_that_nobody_has_shown_to_be_exact():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20}
-    linear = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **linear, **experts, intermediate_size=16, head_dim=8))
+def test_a_recurrent_layer_that_nobody_has_shown_to_be_exact():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, intermediate_size=16, layer_types=["conv", "full_attention"]))
     says(
         UnsupportedModelError,
         lambda: MTPDecoder.from_model(model, proposer=NGramProposer()),
-        "Qwen3NextForCausalLM",
-        "linear_attention",
+        "Lfm2ForCausalLM",
+        "its conv layers are recurrent and made of Lfm2MLP, Lfm2RMSNorm, Lfm2ShortConv, none of which is known to be exact",
         "Call model.generate()",
     )
 
