@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import (
     GenerationConfig,
-    Lfm2Config,
-    Lfm2ForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -118,13 +118,14 @@ def test_an_encoder_decoder_model(proposer):
 
 
 def test_a_recurrent_layer_that_nobody_has_shown_to_be_exact():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 20}
-    model = Lfm2ForCausalLM(Lfm2Config(**sizes, intermediate_size=16, layer_types=["conv", "full_attention"]))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 20}
+    layers = {"intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"], "pad_token_id": 0}
+    model = OlmoHybridForCausalLM(OlmoHybridConfig(**sizes, **layers))
     says(
         UnsupportedModelError,
         lambda: MTPDecoder.from_model(model, proposer=NGramProposer()),
-        "Lfm2ForCausalLM",
-        "its conv layers are recurrent and made of Lfm2MLP, Lfm2RMSNorm, Lfm2ShortConv, none of which is known to be exact",
+        "OlmoHybridForCausalLM",
+        "linear_attention layers are recurrent and made of OlmoHybridGatedDeltaNet, OlmoHybridMLP, OlmoHybridRMSNorm, none of",
         "Call model.generate()",
     )
 
