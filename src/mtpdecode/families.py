@@ -101,8 +101,9 @@ FAMILIES: tuple[MTPSpec, ...] = (
         other_prefixes=("model.layers.{n}.",),
         names=DEEPSEEK_NAMES,
         ignored=SHARED_COPIES,
+        angles="three_axes",
         examples=("zai-org/GLM-OCR",),
-        verified="greedy parity on text; head logits against transformers' MtpModel",
+        verified="greedy parity on text; head logits against a twin in plain torch",
         source="vLLM recycles the raw state, we the normed one as for all GLM heads: spec.replace(recycle='raw')",
     ),
     MTPSpec(

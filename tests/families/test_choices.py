@@ -53,7 +53,7 @@ CHOICES = {
     "GLM-OCR's raw state recycled, as in vLLM": (
         glm_ocr.CASES[0],
         {"recycle": "raw"},
-        twin_of(glm_ocr.LAYOUT, recycle="raw"),
+        partial(glm_ocr.drafts, recycle="raw"),
     ),
 }
 

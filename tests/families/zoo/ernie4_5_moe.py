@@ -8,7 +8,7 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 from tests import tiny
 from tests.families.layouts import Layout
-from tests.families.twins import causal_attention, rms_norm
+from tests.families.twins import causal_attention, rms_norm, rotated
 from tests.families.zoo import Case
 
 AROUND = {
@@ -46,14 +46,6 @@ def enlivened(model, seed):
 
 
 # ── the head in plain torch ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rotated(x, theta):
-    """x (H, n, d): at position p, pair i of neighbours turns by p / theta ** (2i / d)."""
-    _, num_rows, size = x.shape
-    angles = torch.arange(num_rows)[:, None] / theta ** (torch.arange(0, size, 2) / size)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 def block(x, weights, config):
@@ -96,7 +88,9 @@ def drafts(model, tensors, text, num_steps, norm_out=True, zero_first=False):
     return torch.stack(logits)
 
 
+biased = partial(build, 13, use_bias=True, tie_word_embeddings=False)
+
 CASES = [
     Case("ernie4_5_moe", "ernie4_5_moe", partial(build, 18), LAYOUT.published, drafts),
-    Case("ernie4_5_moe", "ernie4_5_moe-bias", partial(build, 13, use_bias=True, tie_word_embeddings=False), LAYOUT.published, drafts),
+    Case("ernie4_5_moe", "ernie4_5_moe-bias", biased, LAYOUT.published, drafts),
 ]

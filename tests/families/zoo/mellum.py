@@ -1,6 +1,5 @@
 """Mellum 2: Qwen's names around a layer with a sliding window and experts, although the base's last layer sees everything."""
 
-
 from functools import partial
 
 from transformers import MellumConfig, MellumForCausalLM
