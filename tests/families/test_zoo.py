@@ -123,9 +123,9 @@ def test_logits_of_every_step_are_those_of_an_independent_twin(case, loaded, mon
 
 @CASES
 def test_the_law_of_sampled_text_is_the_targets(case, loaded):
-    """One test among all cases with a false-alarm rate of 1e-4 each; 1500 rows of two ragged prompts."""
+    """One test among all cases with a false-alarm rate of 1e-4 each; rows of two ragged prompts."""
     decoder, (first, _, second, _), options = loaded(case), prompts(), {"temperature": 0.9, "top_k": 3}
-    rows, num = [first, second], 750
+    rows, num = [first, second], case.num_rows
     inputs = {name: tensor.repeat(num, 1) for name, tensor in tiny.padded(rows).items()}
     texts = first_tokens(decoder, inputs, 3, max_new_tokens=6, do_sample=True, seed=0, num_speculative_tokens=2, **options)
     for place, row in enumerate(rows):

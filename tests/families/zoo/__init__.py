@@ -32,6 +32,7 @@ class Case(NamedTuple):
     config      transformers' config.json -> the published one
     num_layers  MTP layers                          crop    whether `CropCache` applies
     skip        why it cannot run on the installed transformers; empty: it can
+    num_rows    rows per prompt whose sampled texts are counted; fewer where transformers' own arithmetic is slow
     """
 
     family: str
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     num_layers: int = 1
     crop: bool = True
     skip: str = ""
+    num_rows: int = 750
 
 
 @cache

@@ -5,7 +5,17 @@ import torch.nn.functional as F
 
 from tests import tiny
 from tests.families.layouts import Layout
-from tests.families.twins import calmed, causal_attention, chosen_experts, gated_mlp, heads, mixture, recurrent_drafts, rms_norm, rotated
+from tests.families.twins import (
+    calmed,
+    causal_attention,
+    chosen_experts,
+    gated_mlp,
+    heads,
+    mixture,
+    recurrent_drafts,
+    rms_norm,
+    rotated,
+)
 from tests.families.zoo import Case
 
 try:
@@ -90,7 +100,16 @@ def drafts(model, tensors, text, num_steps):
 
 def case(name, **changes):
     skip = "" if BailingHybridConfig else "this transformers has no bailing_hybrid"
-    return Case("bailing_hybrid", f"bailing_hybrid-{name}", lambda: build(**changes), LAYOUT.published, drafts, crop=False, skip=skip)
+    return Case(
+        "bailing_hybrid",
+        f"bailing_hybrid-{name}",
+        lambda: build(**changes),
+        LAYOUT.published,
+        drafts,
+        crop=False,
+        skip=skip,
+        num_rows=80,
+    )
 
 
 CASES = [case("safe_gate", seed=1), case("softplus_gate", seed=1, kda_safe_gate=False, layer_group_size=4)]

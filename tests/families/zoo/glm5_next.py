@@ -76,7 +76,9 @@ def drafts(model, tensors, text, num_steps):
 
     def pooled(x):
         """The indexer's keys, a weighted mean of every KPOOL neighbours, feature by feature; what is left over has none."""
-        keys = F.layer_norm(F.linear(x, part["self_attn.indexer.wk"]), (8,), *(part[f"self_attn.indexer.k_norm{end}"] for end in ENDS))
+        keys = F.layer_norm(
+            F.linear(x, part["self_attn.indexer.wk"]), (8,), *(part[f"self_attn.indexer.k_norm{end}"] for end in ENDS)
+        )
         gates = F.linear(x, part["self_attn.indexer.index_kpool_compress_gate"])
         whole = len(x) // KPOOL
         keys, gates = (each[: whole * KPOOL].unflatten(0, (whole, KPOOL)) for each in (keys, gates))
@@ -128,7 +130,9 @@ def drafts(model, tensors, text, num_steps):
 
 
 def case(name, **changes):
-    return Case("glm5_next", f"glm5_next-{name}", lambda: build(**changes), LAYOUT.published, drafts, config, crop=False)
+    return Case(
+        "glm5_next", f"glm5_next-{name}", lambda: build(**changes), LAYOUT.published, drafts, config, crop=False, num_rows=80
+    )
 
 
 CASES = [

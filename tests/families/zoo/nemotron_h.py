@@ -83,9 +83,7 @@ def drafts(model, tensors, text, num_steps):
         return F.linear(F.linear(x, part[f"{at}.up_proj"]).relu().square(), part[f"{at}.down_proj"])
 
     def experts(x, at):
-        routing = chosen_experts(
-            x, part[f"{at}.gate"], part[f"{at}.gate.e_score_correction_bias"], config.num_experts_per_tok
-        )
+        routing = chosen_experts(x, part[f"{at}.gate"], part[f"{at}.gate.e_score_correction_bias"], config.num_experts_per_tok)
         latent = F.linear(x, part[f"{at}.fc1_latent_proj"]) if f"{at}.fc1_latent_proj" in part else x
         routed = mixture(latent, *routing, lambda number, token: mlp(token, f"{at}.experts.{number}"))
         routed = F.linear(routed, part[f"{at}.fc2_latent_proj"]) if f"{at}.fc2_latent_proj" in part else routed
