@@ -156,8 +156,12 @@ class MTPHead(nn.Module):
         self.indexers = shared_indexers((layer.block for layer in self.layers), spec, self.config)  # type: ignore[misc]
         self._share_parts()
         weight = lm_head.weight
-        self.to(device=weight.device, dtype=weight.dtype)
-        _restore_dtypes([layer.block for layer in self.layers], decoder.layers[self.config.block_origin], weight.dtype)  # type: ignore
+        usual = next(embedding.parameters()).dtype  # not the output layer's, which some models keep in float32
+        self.to(device=weight.device, dtype=usual)
+        for layer in self.layers:
+            _restore_dtypes(layer.block, decoder.layers[self.config.block_origin], usual)  # type: ignore[arg-type]
+            if spec.streams is not None:
+                _restore_dtypes(layer.mixer, own_mixer(mixer_of(target), spec), usual)  # type: ignore[arg-type]
         self._restrict(draft_vocabulary)
 
     @property
@@ -235,8 +239,10 @@ class MTPHead(nn.Module):
         if self.spec.lm_head == "own":
             logits: Tensor = self.layers[depth].lm_head(normed)  # type: ignore[operator]
             return logits if self.draft_vocabulary is None else logits[..., self.draft_vocabulary]
+        lm_head = self._shared[0].lm_head
+        normed = normed.to(lm_head.weight.dtype)
         if self._draft_rows is None:
-            return self._shared[0].lm_head(normed)[..., : self.vocab_size]  # type: ignore[no-any-return]
+            return lm_head(normed)[..., : self.vocab_size]  # type: ignore[no-any-return]
         return F.linear(normed, self._draft_rows)
 
     def token_ids(self, choices: Tensor) -> Tensor:
@@ -339,9 +345,8 @@ def fresh_norm(norm: nn.Module) -> nn.Module:
     return new
 
 
-def _restore_dtypes(blocks: list[nn.Module], origin: nn.Module, usual: torch.dtype) -> None:
+def _restore_dtypes(module: nn.Module, origin: nn.Module, usual: torch.dtype) -> None:
     """Parts that the target keeps in another dtype (the correction bias of experts, in float32) have that one in the head too."""
     others = {name: tensor.dtype for name, tensor in origin.state_dict().items() if tensor.dtype != usual}
-    for block in blocks:
-        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
-            tensor.data = tensor.data.to(others.get(name, tensor.dtype))
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        tensor.data = tensor.data.to(others.get(name, tensor.dtype))

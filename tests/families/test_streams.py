@@ -51,6 +51,22 @@ def test_deepseek_v4_under_deepseeks_own_names(tmp_path):
             assert torch.equal(theirs.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("family", [deepseek_v4, hy_v4], ids=lambda family: family.CASES[0].name)
+def test_what_the_target_keeps_in_float32_is_so_in_the_head(family, tmp_path):
+    """In bfloat16, as released: hyper-connections, mixers, sinks, and in HY-V4 the output layer."""
+    decoder = MTPDecoder.from_pretrained(written(tmp_path, family)[0], dtype=torch.bfloat16)
+    layer, target = decoder.head.layers[0], decoder.target
+    assert layer.norm_out.weight.dtype == target.get_input_embeddings().weight.dtype == torch.bfloat16
+    theirs = {name: tensor.dtype for name, tensor in target.model.layers[-1].state_dict().items()}
+    ours = {name: tensor.dtype for name, tensor in layer.block.state_dict().items()}
+    assert ours == {name: theirs[name] for name in ours}
+    assert set(ours.values()) == {torch.bfloat16, torch.float32}
+    if family is deepseek_v4:
+        assert {tensor.dtype for tensor in layer.mixer.parameters()} == {torch.float32}
+    row = tiny.prompts()[0]
+    assert decoder.generate(tiny.one(row), max_new_tokens=8, do_sample=False).shape == (1, len(row) + 8)
+
+
 def test_a_quantised_deepseek_v4_is_called_so(tmp_path):
     """As it is released: matrices in 8 bits, each with its scales beside it."""
     folder, *_ = written(tmp_path, deepseek_v4, **{"mtp.0.attn.wq_a.scale": torch.ones(1, 1)})
