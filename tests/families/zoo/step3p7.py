@@ -1,7 +1,7 @@
 """Step-3.5-Flash and 3.7-Flash: three chained layers, each with an output layer of its own, behind the base's last one.
 
-The base's last layer attends to everything, with fewer heads than the sliding layers that the head is made of. Step-3.7 is a vision
-model around the text model; Step-3.5 is the text model alone, which transformers has no class of its own for.
+The base's last layer attends to everything, with fewer heads than the sliding layers that the head is made of. Step-3.7 is a
+vision model around the text model; Step-3.5 is the text model alone, which transformers has no class of its own for.
 """
 
 import copy
@@ -50,7 +50,7 @@ TEXT = {
     "bos_token_id": tiny.BOS,
     "eos_token_id": tiny.EOS,
 }
-"""As published: the lists go on for the head's layers. Limits that would be felt stand where the head must not look for its own."""
+"""As published: the lists go on for the head's layers. Limits that would be felt stand where the head must not look for them."""
 VISION = {"width": 16, "layers": 0, "heads": 2, "image_size": 28, "patch_size": 14, "mlp_ratio": 2.0}
 SURROUNDINGS = {
     "enorm": "norm_embed",
