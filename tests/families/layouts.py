@@ -1,8 +1,9 @@
-"""Published layouts, written out by hand, and transformers' own MtpModel fed from them: what many cases of the zoo are made of."""
+"""Published layouts, written out by hand, and transformers' own MtpModel fed from them: many cases of the zoo are made of these."""
 
 import copy
 import re
 from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class Twin:
     types         the attention type of every MTP layer; None: the base's last one        mlp_types   the same of MLPs
     """
 
-    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None, mlp_types=None, recycle="normed", zero_first=False):
+    def __init__(self, model, layers, hidden="post_norm", hidden_first=False, types=None, mlp_types=None, **how):
         self.main, self.depth, self.hidden = copy.deepcopy(model), len(layers), hidden
         config = self.main.config.get_text_config()
         config.num_mtp_layers = self.depth
@@ -132,7 +133,8 @@ class Twin:
         if getattr(config, "mlp_layer_types", None):
             config.mtp_mlp_layer_types = [mlp_types or config.mlp_layer_types[-1]] * self.depth
         self.mtp, self.raw = MtpModel(self.main, self.depth).eval(), []
-        self.recycle, self.zero_first = recycle, zero_first
+        self.recycle, self.zero_first = how.pop("recycle", "normed"), how.pop("zero_first", False)
+        assert not how, f"{how} means nothing here"
         for theirs, parts in zip(self.mtp.layers, layers, strict=True):
             theirs.mtp_block.load_state_dict(parts["block"])
             for ours, name in MTP_MODEL_NAMES.items():
@@ -147,6 +149,14 @@ class Twin:
         hook.remove()
         return kept[self.hidden == "post_norm"]
 
+    def passed(self, index, embeds, hidden, positions, cache):
+        """One layer over some rows. transformers 5.23 has a method for it, 5.17 has not, nor rotary angles by layer type."""
+        mtp, types = self.mtp, getattr(self.mtp.config, "layer_types", None)
+        by_type = "layer_type" in signature(mtp.rotary_emb.forward).parameters
+        angles = mtp.rotary_emb(embeds, positions, types[index]) if by_type else mtp.rotary_emb(embeds, positions)
+        masks = mtp.create_masks_for_mtp_layer(index, embeds, cache, positions)
+        return mtp.layers[index](embeds, hidden, angles, position_ids=positions, past_key_values=cache, **masks)
+
     @torch.no_grad()
     def drafts(self, text, num_steps):
         """The logits (num_steps, V) of drafts behind a text, computed from nothing."""
@@ -159,7 +169,7 @@ class Twin:
             layer, embeds = min(step, self.depth - 1), self.mtp.embed_tokens(tokens)
             if self.zero_first and step < self.depth:
                 embeds[:, 0] = 0
-            normed = self.mtp.forward_layer(layer, hidden, positions, cache, inputs_embeds=embeds)
+            normed = self.passed(layer, embeds, hidden, positions, cache)
             hidden = normed if self.recycle == "normed" else self.raw[-1]
             logits.append(self.mtp._project_to_logits(normed[:, -1:])[0, 0])
             tokens = torch.cat([tokens[:, 1:], logits[-1].argmax()[None, None]], dim=1)

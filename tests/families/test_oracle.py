@@ -4,64 +4,25 @@
 knows no recurrent reuse, so steps deeper than the head are taken with its last layer one by one.
 """
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
 
 from mtpdecode import DraftSchedule, MTPDecoder, MTPHead
 from mtpdecode.loop import Rest
 from tests import tiny
+from tests.families.layouts import MTP_MODEL_NAMES, Twin
 
 LENGTH, K = 14, 4
 
 
-class Oracle:
+class Oracle(Twin):
     """transformers' MtpModel with the weights of one of our heads."""
 
     def __init__(self, model, head):
-        self.main, self.depth, self.hidden = copy.deepcopy(model), head.num_layers, head.spec.hidden
-        config = self.main.config
-        config.num_mtp_layers = self.depth
-        config.mtp_hidden_states_first = head.spec.combine == "hidden_embed"
-        if config.model_type == "mistral":  # its layers all slide, and it has no list that says so
-            config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-        if getattr(config, "layer_types", None):
-            config.mtp_layer_types = [config.layer_types[-1]] * self.depth
-        if getattr(config, "mlp_layer_types", None):
-            config.mtp_mlp_layer_types = [config.mlp_layer_types[-1]] * self.depth
-        self.mtp = MtpModel(self.main, self.depth).eval()
-        names = {"enorm": "norm_embed", "hnorm": "norm_hidden", "eh_proj": "proj", "mtp_block": "block", "post_norm": "norm_out"}
-        for theirs, ours in zip(self.mtp.layers, head.layers, strict=True):
-            for name, part in names.items():
-                getattr(theirs, name).load_state_dict(getattr(ours, part).state_dict())
-
-    def states(self, ids):
-        """The target's hidden states (1, n, D), before or after the final norm."""
-        kept = []
-        hook = self.main.model.norm.register_forward_hook(lambda _, inputs, output: kept.extend((inputs[0], output)))
-        self.main(ids, use_cache=False)
-        hook.remove()
-        return kept[self.hidden == "post_norm"]
-
-    @torch.no_grad()
-    def drafts(self, text, num_steps):
-        """The logits (num_steps, V) of drafts behind a text, computed from nothing."""
-        ids, cache = tiny.one(text), MtpCache(config=self.main.config.get_mtp_config())
-        hidden, tokens, positions = self.states(ids[:, :-1]), ids[:, 1:], torch.arange(1, len(text))[None]
-        logits = []
-        for step in range(num_steps):
-            if step >= self.depth:  # one row past the end: the last draft token, and what the last step put out
-                hidden, tokens, positions = hidden[:, -1:], tokens[:, -1:], positions[:, -1:]
-            layer = min(step, self.depth - 1)
-            hidden = self.mtp.forward_layer(layer, hidden, positions, cache, input_ids=tokens)
-            logits.append(self.mtp._project_to_logits(hidden[:, -1:])[0, 0])
-            tokens = torch.cat([tokens[:, 1:], logits[-1].argmax()[None, None]], dim=1)
-            positions = positions + 1
-        return torch.stack(logits)
+        parts = (*MTP_MODEL_NAMES, "block")
+        layers = [{part: getattr(layer, part).state_dict() for part in parts} for layer in head.layers]
+        super().__init__(model, layers, head.spec.hidden, head.spec.combine == "hidden_embed")
 
 
 def recorded(decoder, monkeypatch, row):
