@@ -1,4 +1,4 @@
-"""Published layouts, written out by hand, and transformers' own MtpModel fed from them: many cases of the zoo are made of these."""
+"""Published layouts, written out by hand, and transformers' own MtpModel fed from them: what many cases are made of."""
 
 import copy
 import re

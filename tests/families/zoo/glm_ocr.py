@@ -30,19 +30,16 @@ def published_config(settings):
 @torch.no_grad()
 def drafts(model, tensors, text, num_steps, recycle="normed"):
     """Attention and MLP each stand between two norms; in text, the three axes of positions are one and the same."""
-    config, prefix = model.config.text_config, "model.language_model.layers.2."
-    part = {
-        name.removeprefix(prefix).removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-    }
+    config, named = model.config.text_config, below(tensors, "model.language_model.layers.2.")
+    part = {name.removesuffix(".weight"): tensor for name, tensor in named.items()}
 
     def norm(x, name):
         return rms_norm(x, part[name], config.rms_norm_eps)
 
     def attention(x):
         query, key, value = (heads(x, part[f"self_attn.{name}_proj"], 8) for name in "qkv")
-        return F.linear(
-            causal_attention(rotated(query, 10000.0), rotated(key, 10000.0), value, 8**-0.5), part["self_attn.o_proj"]
-        )
+        seen = causal_attention(rotated(query, 10000.0), rotated(key, 10000.0), value, 8**-0.5)
+        return F.linear(seen, part["self_attn.o_proj"])
 
     def mlp(x):
         gate, up = F.linear(x, part["mlp.gate_up_proj"]).chunk(2, dim=-1)
