@@ -188,6 +188,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:
         """A window of so many tokens begins, `offset` (B,) behind what is committed; the first prompt (B,) are of the prompt."""
         self._num_tokens, self._offset, self._prompt = num_tokens, offset, prompt
+        self._is_inside = num_tokens > FEW and prompt is not None and bool((prompt > num_tokens).all())
         self._recorded: dict[str, Tensor] = {}
         self._input: Tensor | None = None
         self._seen: set[int] = set()
@@ -248,7 +249,10 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     def _write(self, index: int, context: Tensor, inputs: Tensor) -> Tensor:
         """The window's inputs come onto the tape -> context and inputs."""
         whole = torch.cat([context, inputs], dim=-1)
-        if self._offset is None:
+        if self._is_inside:  # all of it will be committed: what the next window sees is the end
+            self._tapes[index] = whole[..., -context.shape[-1] :].clone()
+            self._starts[index] = torch.full_like(self._starts[index], -self._num_tokens)
+        elif self._offset is None:
             self._tapes[index], self._starts[index] = whole, torch.zeros_like(self._starts[index])
         else:
             tape, behind = self._tapes[index], self._place(index) + context.shape[-1]
@@ -271,9 +275,12 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     # ── the recurrence ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def hooks(self) -> list[Any]:
-        """Listen to the mixer's projections; -> handles, to be removed behind the forward pass."""
+        """Listen to the mixer's projections; -> handles, to be removed behind the forward pass.
+
+        Inside the prompt there is nothing to hear: every row will keep the whole window, and little of it is held in memory.
+        """
         mixer, kind = self._mixer, self._kind
-        if mixer is None or kind is None:
+        if mixer is None or kind is None or self._is_inside:
             return []
         modules, limits = dict(mixer.named_children()), _Unlimited(mixer, kind.limits) if kind.limits else None
         handles = [modules[name].register_forward_hook(partial(self._hear, name, limits)) for name in kind.inputs]
@@ -292,6 +299,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         assert kind is not None
         if self._num_tokens == 1 or bool(whole.all()):  # a read by the host, which reads the counts anyway
             return torch.where(_wide(whole, state), end, state)
+        assert not self._is_inside, "a window that ends inside the prompt is kept whole"
         if kind.terms is not None and self._num_tokens <= FEW:
             return kind.terms(self._mixer, self._recorded, self._convolved()).applied(state.float(), counts).to(state.dtype)
         state = torch.where(_wide(whole, state), end, state)
@@ -348,7 +356,7 @@ class _Unlimited:
         setattr(self.mixer, self.attribute, self.limits)
 
     def applied(self, output: Tensor, prompt: Tensor) -> Tensor:
-        """output (B, T, F), whose last features are time steps before the softplus, within the limits in the first prompt (B,)."""
+        """output (B, T, F), its last features time steps before the softplus: within the limits in the first prompt (B,) tokens."""
         bias = self.mixer.dt_bias
         least, largest = (_before_softplus(limit) - bias for limit in self.limits)
         rest, steps = output[..., : -len(bias)], output[..., -len(bias) :]

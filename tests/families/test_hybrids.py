@@ -51,6 +51,15 @@ def test_prompts_in_pieces_and_padded_on_either_side(chunk, side, decoder, expec
     tiny.assert_rows(found, max(LENGTHS), expected, f"pieces of {chunk}, padded on the {side}")
 
 
+def test_whole_pieces_of_a_prompt_are_not_held_in_memory(decoder, monkeypatch):
+    """What the projections put out is recorded where rows may keep less than the window: in the prompt's last piece and in rounds."""
+    heard, hear, text = set(), RecurrentLayer._hear, tiny.prompts(1, lengths=(64,))
+    monkeypatch.setattr(RecurrentLayer, "_hear", lambda self, *args: heard.add(args[-1].shape[1]) or hear(self, *args))
+    found = decoder.generate(tiny.one(text[0]), max_new_tokens=8, do_sample=False, prefill_chunk_size=25)
+    assert heard == {13, 4}, "pieces of 25, 25 and 13 tokens, and windows of 4"
+    assert found[0, 64:].tolist() == tiny.alone(decoder.target, text[0], max_new_tokens=8)
+
+
 @pytest.mark.parametrize("num_speculative_tokens", [0, 6, 20])
 def test_drafts_of_every_length(num_speculative_tokens, decoder, expected):
     """None at all (one token a window), more than the convolution reaches, and more than are replayed token by token."""
