@@ -18,7 +18,17 @@ from .indexer import shared_indexers
 from .recurrent import kind_of
 from .spec import MTPSpec
 from .state import Window
-from .target import MASKS, decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
+from .target import (
+    MASKS,
+    decoder_of,
+    embedding_norm_of,
+    example_norm_of,
+    final_norm_of,
+    lm_head_of,
+    mixer_of,
+    rotary_of,
+    text_config,
+)
 
 TYPE_NAMES = {"deepseek_sparse_attention": "indexed_attention"}
 """What transformers 5.17 calls layers that rows of the table name as later versions do."""
@@ -185,6 +195,10 @@ class MTPHead(nn.Module):
         longest = num_speculative_tokens if self.spec.beyond == "cycle" else self.spec.used_layers or self.num_layers
         return min(longest, num_speculative_tokens)
 
+    def layer_for(self, step: int) -> int:
+        """The layer that takes a draft step."""
+        return step % self.num_layers if self.spec.beyond == "cycle" else min(step, self.num_depths(step + 1) - 1)
+
     @property
     def blocks(self) -> list[nn.Module]:
         """What has a layer of the cache each: the depths' blocks, or where these are rows of layers, all of those."""
@@ -232,10 +246,13 @@ class MTPHead(nn.Module):
             embeds = norm(embeds)
         return self.layers[depth](embeds, hidden, window, self._shared[0])  # type: ignore[no-any-return]
 
+    def scaled(self, normed: Tensor) -> Tensor:
+        """normed (..., D), as the output layer reads it."""
+        return normed if self.spec.logits_divisor is None else normed / getattr(self.config, self.spec.logits_divisor)
+
     def logits(self, normed: Tensor, depth: int = 0) -> Tensor:
         """normed (B, D) -> (B, V_draft), over the draft vocabulary."""
-        if self.spec.logits_divisor is not None:
-            normed = normed / getattr(self.config, self.spec.logits_divisor)
+        normed = self.scaled(normed)
         if self.spec.lm_head == "own":
             logits: Tensor = self.layers[depth].lm_head(normed)  # type: ignore[operator]
             return logits if self.draft_vocabulary is None else logits[..., self.draft_vocabulary]

@@ -31,9 +31,10 @@ def mtp_loss(head: MTPHead, target: PreTrainedModel, input_ids: Tensor, num_step
     for step in range(num_steps):
         length = input_ids.shape[1] - step - 2
         hidden = hidden[:, :length]
-        embeds = head.embed(input_ids[:, step + 1 : step + 1 + length]).detach()
-        normed, hidden = head(min(step, head.num_layers - 1), embeds, hidden, _training_window(head, hidden))
-        losses.append(_cross_entropy(head, target, normed, input_ids[:, step + 2 :]))
+        layer, tokens = head.layer_for(step), input_ids[:, step + 1 : step + 1 + length]
+        embeds = head.embed(tokens, layer) if head.spec.embedding == "own" else head.embed(tokens).detach()
+        normed, hidden = head(layer, embeds, hidden, _training_window(head, hidden))
+        losses.append(_cross_entropy(head, target, normed, input_ids[:, step + 2 :], layer))
     weights = torch.tensor([decay**step for step in range(num_steps)], device=losses[0].device)
     return torch.stack(losses) * weights / weights.sum()
 
@@ -58,8 +59,11 @@ def _training_window(head: MTPHead, hidden: Tensor) -> Window:
     return _window(CacheLayout(layer_windows(head.config, "the MTP head"), attention, hidden.dtype), head.config, hidden)
 
 
-def _cross_entropy(head: MTPHead, target: PreTrainedModel, normed: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(head: MTPHead, target: PreTrainedModel, normed: Tensor, labels: Tensor, layer: int) -> Tensor:
     lm_head = lm_head_of(target)
-    bias = None if lm_head.bias is None else lm_head.bias.detach()
-    logits = F.linear(normed, lm_head.weight.detach(), bias).float()
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    if head.spec.lm_head == "own":
+        logits = head.layers[layer].lm_head(head.scaled(normed))  # type: ignore[operator]
+    else:
+        bias = None if lm_head.bias is None else lm_head.bias.detach()
+        logits = F.linear(head.scaled(normed), lm_head.weight.detach(), bias)[..., : head.vocab_size]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())

@@ -7,10 +7,12 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from mtpdecode import GenerationError, MTPDecoder
 from mtpdecode.families import FAMILIES
+from mtpdecode.train import mtp_loss
 from tests import tiny
 from tests.families.zoo import inkling, step3p7
 
@@ -170,6 +172,27 @@ def test_step_without_its_vision_tower(tmp_path):
     decoder.save_pretrained(tmp_path / "again")
     again = MTPDecoder.from_pretrained(tmp_path / "again")
     assert again.generate(tiny.one(LONG), max_new_tokens=20, do_sample=False).tolist() == [LONG + expected]
+
+
+@BOTH
+def test_training_sees_what_drafting_sees(family):
+    """The first step's loss is that of the twin's logits behind every token; each step trains its own layer."""
+    model, head, _ = built(family)
+    ids = LONG[:12]
+    head.zero_grad()
+    losses = mtp_loss(head, model, tiny.one(ids), num_steps=4, decay=1.0)
+    rows = [twin(family).drafts(ids[: end + 1], 1)[0] for end in range(1, len(ids) - 1)]
+    wanted = F.cross_entropy(torch.stack(rows), torch.tensor(ids[2:]))
+    assert abs(float(4 * losses[0].detach() - wanted)) < 1e-4
+    losses[:2].sum().backward()
+    learns = [any(bool(own.grad is not None and own.grad.any()) for own in layer.block.parameters()) for layer in head.layers]
+    assert learns == [True, True, False]
+    losses = mtp_loss(head, model, tiny.one(ids), num_steps=4, decay=1.0)
+    head.zero_grad()
+    losses[3].backward()
+    assert head.layers[2].proj.weight.grad.any()
+    assert head.layers[0].norm_embed.weight.grad.any(), "the fourth step goes through the first layer again"
+    head.zero_grad()
 
 
 @BOTH
