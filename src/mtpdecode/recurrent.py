@@ -356,7 +356,7 @@ class _Unlimited:
         setattr(self.mixer, self.attribute, self.limits)
 
     def applied(self, output: Tensor, prompt: Tensor) -> Tensor:
-        """output (B, T, F), its last features time steps before the softplus: within the limits in the first prompt (B,) tokens."""
+        """output (B, T, F), its last features time steps before softplus: within the limits in the first prompt (B,) tokens."""
         bias = self.mixer.dt_bias
         least, largest = (_before_softplus(limit) - bias for limit in self.limits)
         rest, steps = output[..., : -len(bias)], output[..., -len(bias) :]

@@ -52,7 +52,7 @@ def test_prompts_in_pieces_and_padded_on_either_side(chunk, side, decoder, expec
 
 
 def test_whole_pieces_of_a_prompt_are_not_held_in_memory(decoder, monkeypatch):
-    """What the projections put out is recorded where rows may keep less than the window: in the prompt's last piece and in rounds."""
+    """What projections put out is recorded where rows may keep less than the window: in the last piece, and in rounds."""
     heard, hear, text = set(), RecurrentLayer._hear, tiny.prompts(1, lengths=(64,))
     monkeypatch.setattr(RecurrentLayer, "_hear", lambda self, *args: heard.add(args[-1].shape[1]) or hear(self, *args))
     found = decoder.generate(tiny.one(text[0]), max_new_tokens=8, do_sample=False, prefill_chunk_size=25)
