@@ -413,7 +413,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         stream_axis=True,
         angles="all_types",
         examples=("deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Pro"),
-        verified="greedy parity; head logits against a twin in plain torch",
+        verified="greedy parity; head logits against a twin in plain torch; windows after ragged commits against the model alone",
         source="vLLM; the last entry of compress_ratios, 0, is the head's: a sliding window, nothing compressed",
     ),
     MTPSpec(
@@ -478,7 +478,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         angles="all_slots",
         index_choice="config",
         examples=("Qwen/Qwen4-Exp",),
-        verified="greedy parity; head logits against a twin in plain torch",
+        verified="greedy parity; head logits against a twin in plain torch; windows after ragged commits against the model alone",
         source="vLLM norms all streams together; others one by one: spec.replace(stream_norm='grouped')",
     ),
     MTPSpec(
@@ -497,8 +497,8 @@ FAMILIES: tuple[MTPSpec, ...] = (
         index_choice="config",
         examples=("tencent/Hy4-preview",),
         verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM: no hyper-connections in the head; exporters count its one layer as 1 or 2. vLLM zeroes the first embedding: "
-        "spec.replace(zero_first_embedding=True)",
+        source="vLLM: no hyper-connections in the head; exporters count its one layer as 1 or 2. vLLM zeroes the first "
+        "embedding: spec.replace(zero_first_embedding=True)",
     ),
     MTPSpec(
         family="dots3_note",
