@@ -357,12 +357,11 @@ class MTPDecoder:
         caches = [self._new_cache(request, layout, text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()
-        if isinstance(proposer, MTPProposer):
+        if isinstance(proposer, (MTPProposer, AssistantProposer)):
             self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
+        if isinstance(proposer, MTPProposer):
             caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_cached(deepest)))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
-        if isinstance(proposer, AssistantProposer):
-            self.proposer = proposer = copy(proposer)
         call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose, caches[0])
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
         hidden = self.head.spec.hidden if self.head else "post_norm"

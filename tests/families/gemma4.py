@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,15 @@ VISION = {
     "pooling_kernel_size": 2,
     "position_embedding_size": 16,
 }
+AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [128, 4],
+    "output_proj_dims": 16,
+    "conv_kernel_size": 3,
+}
+SOUND = 5
 UNIFIED_VISION = {
     "patch_size": PATCH,
     "pooling_kernel_size": 1,
@@ -109,6 +119,32 @@ def images(name, number, seed=0):
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1).view(1, -1, 2)
     pixels = torch.rand(number, side * side, 3 * PATCH * PATCH, generator=generator)
     return {"pixel_values": pixels, "image_position_ids": grid.expand(number, -1, -1).contiguous()}
+
+
+def videos():
+    """Two videos of two frames each, as the installed transformers wants them."""
+    frames = images("e2b_images", 4)
+    pixels, places = frames["pixel_values"], frames["image_position_ids"]
+    if "num_frames_per_video" in signature(Gemma4ForConditionalGeneration.forward).parameters:
+        return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": torch.tensor([2, 2])}
+    return {"pixel_values_videos": pixels.unflatten(0, (2, 2)), "video_position_ids": places.unflatten(0, (2, 2))}
+
+
+def sounds(number, length):
+    """So many spectrograms, each of which becomes length / 4 tokens."""
+    features = torch.rand(number, length, 128, generator=torch.Generator().manual_seed(0))
+    return {"input_features": features, "input_features_mask": torch.ones(number, length, dtype=torch.bool)}
+
+
+def build_hearing():
+    """A target with an encoder for sounds besides, in which the tokens of a video's frame see each other."""
+    text = Gemma4TextConfig(**TEXT | SHARING | PER_LAYER, use_bidirectional_attention="vision")
+    ids = OUTER | {"video_token_id": tiny.EOS, "audio_token_id": SOUND}
+    model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=VISION, audio_config=AUDIO, **ids)).eval()
+    tiny.fill(model, 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 0.65
+    return model
 
 
 # ── assistants as published ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ import mtpdecode
 from mtpdecode import (
     CacheError,
     CropCache,
+    DraftSchedule,
     GenerationError,
     HeadWeightsError,
     KVCacheManager,
@@ -110,6 +111,28 @@ def test_text_that_leaves_the_window_behind(name, loaded):
     tiny.assert_rows(found, 40, expected, name)
     rates = decoder.metrics.acceptance_rate()
     assert all(0.2 <= rate <= 0.9 for rate in rates), f"behind the window the drafts are {decoder.metrics}"
+
+
+class Changing(DraftSchedule):
+    """Plain rounds between drafts of different lengths."""
+
+    choices = (0, 1, 3)
+
+    def __init__(self):
+        self.round = 0
+
+    def next_length(self, metrics):
+        self.round += 1
+        return (3, 0, 1, 0, 0)[self.round % 5]
+
+
+@pytest.mark.parametrize("name", ["e2b", "moe"])
+def test_a_draft_whose_length_changes(name, loaded):
+    rows = prompts()
+    expected = [plain(name, tuple(row)) for row in rows]
+    found = loaded(name).generate(**tiny.padded(rows), max_new_tokens=NUM_TOKENS, num_speculative_tokens=Changing(), **GREEDY)
+    tiny.assert_rows(found, max(LENGTHS), expected, f"{name}, K changing")
+    assert loaded(name).metrics.acceptance_rate()[0] > 0.2, f"{loaded(name).metrics}: behind plain rounds drafts are no worse"
 
 
 def test_prompts_of_one_token_leave_nothing_to_look_at(loaded):
@@ -466,13 +489,12 @@ def test_prompts_with_images_decode_as_in_generate(name, side, num_speculative_t
 
 
 @WITH_IMAGES
-def test_each_row_alone_on_either_cache(name, loaded):
-    for manager in (RaggedCache, CropCache):
-        decoder = MTPDecoder.from_model(gemma4.target(name), assistant=loaded(name).assistant, cache=manager)
-        for row, given in enumerate(pictures(name)[0]):
-            ids = tiny.one(ROWS[row])
-            found = decoder.generate(ids, **given, **types(ids), max_new_tokens=40, **GREEDY)
-            assert found.tolist() == [ROWS[row] + plain_with_images(name, row)], f"{name} on {manager.__name__}, row {row}"
+def test_each_row_alone_on_the_other_cache(name, loaded):
+    decoder = MTPDecoder.from_model(gemma4.target(name), assistant=loaded(name).assistant, cache=CropCache)
+    for row, given in enumerate(pictures(name)[0]):
+        ids = tiny.one(ROWS[row])
+        found = decoder.generate(ids, **given, **types(ids), max_new_tokens=40, **GREEDY)
+        assert found.tolist() == [ROWS[row] + plain_with_images(name, row)], f"{name} on CropCache, row {row}"
 
 
 @WITH_IMAGES
@@ -542,6 +564,22 @@ def test_through_transformers_own_seam(name, loaded):
     ids, given = tiny.one(ROWS[1]), pictures(name)[0][1]
     found = gemma4.target(name).generate(ids, **given, **types(ids), max_new_tokens=40, custom_generate=loaded(name), **GREEDY)
     assert found.tolist() == [ROWS[1] + plain_with_images(name, 1)]
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_videos_and_sounds(kind):
+    model, tokens = gemma4.build_hearing(), {"video": tiny.EOS, "audio": gemma4.SOUND}
+    rows = [[8, 9, *9 * [tokens[kind]], 10, *9 * [tokens[kind]], 11], [20, *9 * [tokens[kind]], 21, *9 * [tokens[kind]], 22, 23]]
+    batch = tiny.padded(rows, "right")
+    given = gemma4.videos() if kind == "video" else gemma4.sounds(4, 36)
+    said = {"mm_token_type_ids": (batch["input_ids"] == tokens[kind]) * {"video": 2, "audio": 3}[kind]}
+    decoder = MTPDecoder.from_model(model, proposer=NGramProposer(), num_speculative_tokens=2)
+    found = decoder.generate(**batch, **given, **said, max_new_tokens=24, **GREEDY)
+    left = tiny.padded(rows)
+    said = {"mm_token_type_ids": (left["input_ids"] == tokens[kind]) * {"video": 2, "audio": 3}[kind]}
+    expected = model.generate(**left, **given, **said, max_new_tokens=24, **GREEDY)
+    assert found[:, left["input_ids"].shape[1] :].tolist() == expected[:, left["input_ids"].shape[1] :].tolist()
+    assert expected.tolist() != model.generate(**left, max_new_tokens=24, **GREEDY).tolist(), f"the {kind} must matter"
 
 
 def test_text_of_a_processor_on_a_model_for_images(loaded):
