@@ -9,9 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mtpdecode import MTPDecoder, MTPSpec, RaggedCache, families, save_head
+from mtpdecode import MTPDecoder, MTPSpec, RaggedCache, UnsupportedModelError, families, save_head
 from mtpdecode.loading import load_target
 from tests import tiny
+from tests.families.test_zoo import built, write_case
+from tests.families.zoo import glm_ocr, mellum
 
 LENGTH = 16
 LAYOUTS = ("llama", "sliding", "mimo", "glm4_moe", "deepseek_v3")
@@ -195,6 +197,28 @@ def test_experts_that_are_already_stacked_are_read_too(tmp_path):
     stacked = {prefix + name: block[name] for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}
     folder = tiny.write_checkpoint(tmp_path / "stacked", model, head, **single, **stacked)
     assert_same_head(MTPDecoder.from_model(model, head=folder).head, head)
+
+
+def test_gate_and_up_may_lie_apart(tmp_path):
+    """GLM-OCR's layers hold them in one matrix, and not every checkpoint does."""
+
+    def parted(tensors):
+        name = next(name for name in tensors if name.endswith("gate_up_proj.weight"))
+        halves = tensors.pop(name).chunk(2)
+        return tensors | {name.replace("gate_up", part): half.clone() for part, half in zip(("gate", "up"), halves, strict=True)}
+
+    case = glm_ocr.CASES[0]
+    folder = write_case(tmp_path / "apart", case, parted)
+    assert_same_head(MTPDecoder.from_model(built(case)[0], head=folder).head, built(case)[1])
+
+
+def test_a_block_like_no_layer_of_the_target(tmp_path):
+    """Mellum's MTP layer has a sliding window unless the config says otherwise; this base has none to build it like."""
+    folder = write_case(tmp_path / "mellum", mellum.CASES[0])
+    model = mellum.build(layer_types=["full_attention"] * 3)
+    with pytest.raises(UnsupportedModelError) as caught:
+        MTPDecoder.from_model(model, head=folder)
+    assert "built like a sliding_attention layer, and the target has only full_attention" in str(caught.value)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

@@ -163,9 +163,10 @@ def test_a_dropped_head_is_taken_from_the_original(case, written, loaded, tmp_pa
     bare = write_case(tmp_path / "tuned", case, lambda tensors: {})
     with pytest.raises(HeadWeightsError, match="head='ORIGINAL/REPOSITORY'"):
         MTPDecoder.from_pretrained(bare)
-    head = MTPDecoder.from_pretrained(bare, head=written(case)).head
-    for name, tensor in loaded(case).head.state_dict().items():
-        assert torch.equal(head.state_dict()[name], tensor), name
+    bare_decoder = MTPDecoder.from_pretrained(bare, head=written(case))
+    for decoder in (bare_decoder, MTPDecoder.from_model(bare_decoder.target, head=str(written(case)))):
+        for name, tensor in loaded(case).head.state_dict().items():
+            assert torch.equal(decoder.head.state_dict()[name], tensor), name
 
 
 @CASES
