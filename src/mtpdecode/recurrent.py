@@ -86,8 +86,7 @@ class RecurrentKind(NamedTuple):
 def delta_terms(mixer: Any, mixed: Tensor, a: Tensor, b: Tensor) -> Terms:
     """Gated delta networks. mixed (B, T, C): query, key and value behind the convolution; a, b (B, T, H): the gates."""
     _, keys, values = torch.split(mixed.float(), [mixer.key_dim, mixer.key_dim, mixer.value_dim], dim=-1)
-    keys, values = keys.reshape(*b.shape[:2], -1, mixer.head_k_dim), values.reshape(*b.shape[:2], -1, mixer.head_v_dim)
-    keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
+    keys, values = _normed(_heads(keys, mixer.head_k_dim)), _heads(values, mixer.head_v_dim)
     decays = torch.exp(-mixer.A_log.float().exp() * F.softplus(a.float() + mixer.dt_bias))
     return Terms(keys.repeat_interleave(mixer.num_v_heads // mixer.num_k_heads, dim=2), values, decays, b.sigmoid().float())
 
@@ -103,17 +102,17 @@ def _qwen3_5_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Ter
 
 def _kimi_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
     """Kimi delta attention: every channel of a key has its own decay."""
-    _, keys, values = (part.unflatten(-1, (-1, mixer.head_dim)) for part in mixed.float().chunk(3, dim=-1))
-    keys = keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
-    return Terms(keys, values, said["forget_gate"].float().exp(), said["b_proj"].sigmoid().float())
+    _, keys, values = (_heads(part, mixer.head_dim) for part in mixed.float().chunk(3, dim=-1))
+    return Terms(_normed(keys), values, said["forget_gate"].float().exp(), said["b_proj"].sigmoid().float())
 
 
 def _mamba2_terms(mixer: Any, said: Mapping[str, Tensor], mixed: Tensor) -> Terms:
     """Mamba-2: a state (B, H, head size, state size) takes in x, as much as the time step says, where B says."""
-    x, where, _ = mixed.float().split([mixer.intermediate_size, *2 * [mixer.n_groups * mixer.ssm_state_size]], dim=-1)
-    where = where.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(mixer.num_heads // mixer.n_groups, dim=2)
+    sizes = [mixer.intermediate_size, *2 * [mixer.n_groups * mixer.ssm_state_size]]
+    x, where, _ = torch.split(mixed.float(), sizes, dim=-1)
+    where = _heads(where, mixer.ssm_state_size).repeat_interleave(mixer.num_heads // mixer.n_groups, dim=2)
     steps = F.softplus(said["in_proj"][..., -mixer.num_heads :] + mixer.dt_bias).float()
-    return Terms(x.unflatten(-1, (mixer.num_heads, -1)) * steps[..., None], where, torch.exp(-mixer.A_log.float().exp() * steps))
+    return Terms(_heads(x, mixer.head_dim) * steps[..., None], where, torch.exp(-mixer.A_log.float().exp() * steps))
 
 
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
@@ -380,6 +379,16 @@ def listening(cache: Cache) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _heads(x: Tensor, size: int) -> Tensor:
+    """x (B, T, H * size) -> (B, T, H, size)"""
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _normed(keys: Tensor) -> Tensor:
+    """Keys of length 1."""
+    return keys * torch.rsqrt(keys.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _gathered(tape: Tensor, places: Tensor) -> Tensor:
