@@ -57,7 +57,7 @@ TOKENS = ("image_token_id", "video_token_id", "image_start_token_id", "image_end
 
 
 def build(seed=0, calm=1.0, **changes):
-    ids = {name: tiny.VOCAB - 1 for name in (*TOKENS, "video_end_token_id")}
+    ids = dict.fromkeys((*TOKENS, "video_end_token_id"), tiny.VOCAB - 1)
     config = Glm5NextConfig(text_config=TEXT | changes, vision_config=VISION, **ids)
     return calmed(tiny.fill(Glm5NextForConditionalGeneration(config).eval(), seed), calm)
 
