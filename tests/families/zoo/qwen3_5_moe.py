@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch.nn.functional as F
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeTextConfig
 
 from tests import tiny
 from tests.families.layouts import qwen_layout
@@ -22,6 +22,12 @@ LAYOUT = qwen_layout()
 
 def build(seed=0, **changes):
     return qwen3_5.centred(tiny.fill(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**(SETTINGS | changes))).eval(), seed))
+
+
+def wrapped(seed=0):
+    """The class that reads images too, around the same text model."""
+    config = Qwen3_5MoeConfig(text_config=SETTINGS, vision_config=qwen3_5.VISION, image_token_id=3, video_token_id=4)
+    return qwen3_5.centred(tiny.fill(Qwen3_5MoeForConditionalGeneration(config).eval(), seed))
 
 
 def stacked(head, _model):
@@ -49,9 +55,11 @@ def mlp(x, part):
 CASE = partial(
     Case,
     "qwen3_5_moe",
-    build=build,
     drafts=partial(qwen3_5.drafts, mlp=mlp),
     config=qwen3_5.published_config,
     crop=False,
 )
-CASES = [CASE("qwen3_5_moe", published=LAYOUT.published), CASE("qwen3_5_moe-stacked", published=stacked)]
+CASES = [
+    CASE("qwen3_5_moe", build, published=LAYOUT.published),
+    CASE("qwen3_5_moe-vision-stacked", wrapped, published=stacked),
+]
