@@ -180,6 +180,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         names=STEP_NAMES,
         ignored=("embed_tokens.weight",),
         block_layer_type="sliding_attention",
+        depth_types=(("layer_types", "mtp_layer_types"), ("mlp_layer_types", "mtp_mlp_layer_types")),
         block_config=(("mlp_layer_types", "dense"), ("swiglu_limits", None), ("swiglu_limits_shared", None)),
         hidden="pre_norm",
         recycle="raw",
@@ -280,7 +281,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         names=QWEN_NAMES,
         block_layer_type="sliding_attention",
         examples=("LGAI-EXAONE/EXAONE-4.5-33B",),
-        verified="greedy parity; head logits against a twin in plain torch",
+        verified="greedy parity, with images too; head logits against a twin in plain torch",
         source="vLLM; the count stands at the top of the config, the head at the top of the checkpoint",
     ),
     MTPSpec(

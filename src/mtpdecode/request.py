@@ -16,7 +16,17 @@ from transformers.generation.streamers import BaseStreamer
 from .errors import GenerationError
 from .state import Prompt, Text
 from .stopping import Stopping
-from .target import embedded, forward_keywords, has_per_layer_inputs, per_layer_inputs, placeholders, prompt_keywords, text_config
+from .target import (
+    embedded,
+    forward_keywords,
+    has_per_layer_inputs,
+    merged_embeddings,
+    merges_media,
+    per_layer_inputs,
+    placeholders,
+    prompt_keywords,
+    text_config,
+)
 
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 PER_TOKEN = ("input_ids", "inputs_embeds", "mm_token_type_ids", "per_layer_inputs")
@@ -263,6 +273,9 @@ def _left_aligned(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model
     given = {name: model_kwargs[name] for name in prompt_keywords(model) if not _is_nothing(model_kwargs.get(name))}
     types = _reordered(given["mm_token_type_ids"] * mask, order) if "mm_token_type_ids" in given else None
     media = {name: value for name, value in given.items() if name not in PER_TOKEN}
+    if media and merges_media(model):
+        embeds = merged_embeddings(model, input_ids, media)
+        return Prompt(tokens, mask.sum(-1), embeds=_reordered(embeds, order))
     prompt = Prompt(tokens, mask.sum(-1), types=types, media=media)
     if model_kwargs.get("inputs_embeds") is None:
         return prompt

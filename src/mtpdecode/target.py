@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
@@ -57,6 +57,9 @@ MEDIA = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
 
 MULTIMODAL = ("gemma4", "gemma4_unified")
 """Model types whose images are known to be read exactly: they change embeddings and masks, and no positions."""
+
+MERGED = ("exaone4_5",)
+"""Model types whose images change embeddings alone: they are made once, and the prompt decodes like one of embeddings."""
 
 MASKS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 """Types of layers with attention and convolutions -> under which their attention looks up its mask."""
@@ -255,7 +258,35 @@ def prompt_keywords(model: PreTrainedModel) -> set[str]:
     if model.config.model_type in MULTIMODAL:
         known |= {"pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids", "num_frames_per_video"}
         known |= {"input_features", "input_features_mask", "mm_token_type_ids", "mm_encoder_outputs", "per_layer_inputs"}
+    if model.config.model_type in MERGED:
+        known |= {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_encoder_outputs"}
     return known & forward_keywords(model)
+
+
+def merges_media(model: PreTrainedModel) -> bool:
+    """Whether images change the embeddings of a prompt and nothing else."""
+    return model.config.model_type in MERGED
+
+
+class _Caught(Exception):
+    """The embeddings are there; the rest of the forward pass is not wanted."""
+
+
+def merged_embeddings(model: PreTrainedModel, tokens: Tensor, media: Mapping[str, Any]) -> Tensor:
+    """tokens (B, P) and images -> (B, P, D), as the model's own forward hands them to the part that writes text."""
+    caught: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(kwargs["inputs_embeds"])
+        raise _Caught
+
+    handle = decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(training_modules(model)), suppress(_Caught):
+            model(input_ids=tokens, use_cache=False, **media)
+    finally:
+        handle.remove()
+    return caught[0]
 
 
 def forward_keywords(model: PreTrainedModel) -> set[str]:
@@ -334,24 +365,49 @@ def check_attention(config: PreTrainedConfig, class_name: str) -> str:
     return implementation
 
 
+class Tap:
+    """Hears the hidden states that a head wants where the model makes them: at its final norm, or at the mixer of its streams.
+
+    The hook lives as long as somebody listens; the model is as it was before and after.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden: Hidden) -> None:
+        module = mixer_of(model) if hidden == "streams" else final_norm_of(model)
+        assert module is not None  # no head that is fed streams can be built for a target without them
+        self.module, self.hidden, self.is_listening = module, hidden, False
+        self.heard = torch.empty(0)
+
+    @contextmanager
+    def listening(self) -> Iterator[Tap]:
+        handle, self.is_listening = self.module.register_forward_hook(self._hear), True
+        try:
+            yield self
+        finally:
+            handle.remove()
+            self.is_listening = False
+
+    def _hear(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.heard = output if self.hidden == "post_norm" else args[0].flatten(2)  # streams one behind the other
+
+
 def forward(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
     window: Window,
     num_logits: int,
-    hidden: Hidden,
+    hidden: Hidden | Tap,
     extra: Mapping[str, Any] | None = None,
 ) -> TargetOutput:
     """One forward pass over a window. inputs: {"input_ids": (B, T)} or {"inputs_embeds": (B, T, D)}.
 
-    The hidden states are taken at the final norm by a hook that lives as long as the call.
+    hidden  which hidden states are wanted, or a tap that is listening for them
     """
+    if not isinstance(hidden, Tap):
+        with Tap(model, hidden).listening() as tap:
+            return forward(model, inputs, window, num_logits, tap, extra)
     num_tokens = window.positions.shape[1]
     kept = torch.arange(num_tokens - num_logits, num_tokens, device=window.positions.device)
-    tapped_module = mixer_of(model) if hidden == "streams" else final_norm_of(model)
-    assert tapped_module is not None  # no head that is fed streams can be built for a target without them
-    distances = told(decoder_of(model).layers, window.positions)
-    with _tap(tapped_module, hidden) as tapped, listening(window.cache), distances:
+    with listening(window.cache), told(decoder_of(model).layers, window.positions):
         logits = model(
             **inputs,
             **(extra or {}),
@@ -361,7 +417,7 @@ def forward(
             use_cache=True,
             logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too
         ).logits
-    return TargetOutput(logits, tapped[-1])
+    return TargetOutput(logits, hidden.heard)
 
 
 def training_modules(*roots: nn.Module) -> list[nn.Module]:
@@ -379,17 +435,3 @@ def evaluating(training: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _tap(module: nn.Module, hidden: Hidden) -> Iterator[list[Tensor]]:
-    tapped: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        tapped.append(output if hidden == "post_norm" else args[0].flatten(2))  # streams one behind the other
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield tapped
-    finally:
-        handle.remove()
