@@ -4,6 +4,8 @@ from . import testing as testing
 from .acceptance import Acceptance as Acceptance
 from .acceptance import BlockAcceptance as BlockAcceptance
 from .acceptance import StandardAcceptance as StandardAcceptance
+from .assistant import Assistant as Assistant
+from .assistant import AssistantProposer as AssistantProposer
 from .cache import CropCache as CropCache
 from .cache import KVCacheManager as KVCacheManager
 from .cache import RaggedCache as RaggedCache

@@ -26,6 +26,7 @@ from mtpdecode.testing import assert_counts, continuation_law, first_tokens
 from tests import tiny
 from tests.families import gemma4
 from tests.families.gemma4 import IMAGE, NAMES, NUM_SOFT_TOKENS, WINDOW
+from tests.families.zoo import cases
 
 NUM_TOKENS, LENGTHS, GREEDY = 64, (9, 1, 4, 7), {"do_sample": False}
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -133,6 +134,15 @@ def test_a_draft_whose_length_changes(name, loaded):
     found = loaded(name).generate(**tiny.padded(rows), max_new_tokens=NUM_TOKENS, num_speculative_tokens=Changing(), **GREEDY)
     tiny.assert_rows(found, max(LENGTHS), expected, f"{name}, K changing")
     assert loaded(name).metrics.acceptance_rate()[0] > 0.2, f"{loaded(name).metrics}: behind plain rounds drafts are no worse"
+
+
+def test_a_length_that_is_measured(loaded, capsys):
+    decoder, row = loaded("e2b"), prompts()[0]
+    auto = MTPDecoder.from_model(decoder.target, assistant=decoder.assistant, num_speculative_tokens="auto")
+    auto.warmup(progress=False)
+    assert auto.generate(tiny.one(row), max_new_tokens=32, **GREEDY).tolist() == [row + plain("e2b", tuple(row))[:32]]
+    auto.explain()
+    assert capsys.readouterr().out
 
 
 def test_prompts_of_one_token_leave_nothing_to_look_at(loaded):
@@ -601,6 +611,15 @@ def test_a_prompt_that_ends_in_an_image(loaded):
 def test_images_for_a_model_without_eyes(loaded):
     call = lambda: loaded("e2b").generate(tiny.one(ROWS[0]), **gemma4.images("moe", 1))  # noqa: E731
     refused(GenerationError, call, "pixel_values")
+
+
+def test_images_for_another_family(loaded):
+    """Qwen's and GLM's images change positions too: refused by name, where text alone decodes."""
+    model = next(case for case in cases() if case.family == "glm_ocr").build()
+    decoder = MTPDecoder.from_model(model, proposer=NGramProposer())
+    for given in ({"pixel_values": torch.rand(4, 12)}, {"mm_token_type_ids": torch.tensor([[0, 1, 0]])}):
+        call = lambda given=given: decoder.generate(tiny.one([5, 6, 7]), **given, max_new_tokens=4)  # noqa: E731
+        refused(GenerationError, call, type(model).__name__, next(iter(given)), "not known to be exact")
 
 
 # ── prompts as embeddings, in a model with embeddings for each layer ────────────────────────────────────────────────────────
