@@ -283,7 +283,7 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
     config = copy.deepcopy(text_config(target))
     config.num_target_layers, config.block_origin = config.num_hidden_layers, _block_origin(config, spec, target)
     per_layer = {key: getattr(config, key)[config.block_origin] for key in PER_LAYER if getattr(config, key, None) is not None}
-    origin, overridden = config.per_layer_config[config.block_origin], config.per_layer_attributes or ()
+    overridden = config.per_layer_attributes or set()
     config.num_hidden_layers = num_layers
     for key, value in {**per_layer, **dict(spec.block_config)}.items():
         if (usual := getattr(config, key, None)) is not None:  # what a config does not have stays away
@@ -292,13 +292,22 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
         config.layer_types = sublayer_kinds(config, spec, num_layers)
     for key, listed in spec.depth_types:
         setattr(config, key, list(getattr(config, listed, None) or getattr(config, key))[:num_layers])
-    if overridden:  # transformers builds these layers from overrides by number: here all depths have the origin's
-        config.per_layer_config = {depth: {name: getattr(origin, name) for name in overridden} for depth in range(num_layers)}
+    if overridden:  # transformers builds such layers from overrides by number
+        types = enumerate(getattr(config, "layer_types", None) or num_layers * [""])
+        config.per_layer_config = {depth: _overrides(target, kind, config.block_origin, overridden) for depth, kind in types}
     if getattr(config, "first_k_dense_replace", None) is not None:
         config.first_k_dense_replace = 0
     if spec.depth_windows is not None:
         _set_window(config, spec)
     return config
+
+
+def _overrides(target: PreTrainedModel, layer_type: str, origin: int, names: set[str]) -> dict[str, Any]:
+    """What the target's last layer of a type has otherwise than its config says for all; of a type that it lacks, the origin's."""
+    config = text_config(target)
+    types = enumerate(getattr(config, "layer_types", None) or ())
+    like = config.per_layer_config[max((i for i, name in types if name == layer_type), default=origin)]
+    return {name: getattr(like, name) for name in names}
 
 
 def _set_window(config: PreTrainedConfig, spec: MTPSpec) -> None:

@@ -154,6 +154,18 @@ def test_without_its_own_positions_a_ragged_row_would_go_astray(monkeypatch):
     assert found[:, 30:].tolist() != expected, "else the other tests of ragged rows would show nothing"
 
 
+def test_a_depth_of_step_that_does_not_slide(monkeypatch):
+    """The published lists go on for the head, and say what each depth is: such a layer has fewer heads and turns more slowly."""
+    types = [*step3p7.TEXT["layer_types"][:4], "full_attention", "sliding_attention"]
+    lists = {"rope_theta": [5e6, 1e4, 5e6, 1e4, 5e6, 1e4], "partial_rotary_factors": [0.5, 1.0, 0.5, 1.0, 0.5, 1.0]}
+    monkeypatch.setattr(step3p7, "TEXT", step3p7.TEXT | lists | {"layer_types": types})
+    model = step3p7.build()
+    head = tiny.build_head(model, next(row for row in FAMILIES if row.family == "step3p7"), 3)
+    assert [layer.block.self_attn.num_heads for layer in head.layers] == [6, 4, 6]
+    found = rounds(model, head, LONG, 3, monkeypatch)
+    assert_same(found, step3p7.Twin(model, step3p7.published(head, model)))
+
+
 def test_step_without_its_vision_tower(tmp_path):
     """Step-3.5 is the text model alone, for which transformers has no class: it is loaded as the text of Step-3.7."""
     model, head, tensors = built("step3p7")

@@ -110,7 +110,8 @@ class Twin:
     def drafts(self, text, num_steps):
         hidden, tokens, logits = self.fed(text[:-1]), list(text[1:]), []
         for step in range(num_steps):
-            prefix = f"model.layers.{TEXT['num_hidden_layers'] + self.layer(step)}."
+            number = TEXT["num_hidden_layers"] + self.layer(step)
+            prefix, self.slides = f"model.layers.{number}.", TEXT["layer_types"][number] == "sliding_attention"
             self.part = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
             embeds = self.target.get_input_embeddings()(torch.tensor(tokens))
             pairs = torch.cat([self.norm(embeds, "enorm"), self.norm(hidden, "hnorm")], dim=-1)
@@ -132,24 +133,24 @@ class Twin:
         return x + self.linear(F.silu(self.linear(y, "mlp.gate_proj")) * self.linear(y, "mlp.up_proj"), "mlp.down_proj")
 
     def attention(self, x):
-        """Sliding, with normed queries and keys, and a gate per head. x (n, D)."""
+        """With normed queries and keys, and a gate per head. x (n, D)."""
         query, key, value = (heads(x, self.part[f"self_attn.{name}_proj.weight"], TEXT["head_dim"]) for name in "qkv")
-        query, key = (rotated(self.norm(y, f"self_attn.{name}_norm")) for y, name in ((query, "q"), (key, "k")))
+        query, key = (self.rotated(self.norm(y, f"self_attn.{name}_norm")) for y, name in ((query, "q"), (key, "k")))
         key, value = (y.repeat_interleave(len(query) // len(y), 0) for y in (key, value))
         distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
-        hidden = (distance < 0) | (distance >= TEXT["sliding_window"])
+        hidden = (distance < 0) | (distance >= (TEXT["sliding_window"] if self.slides else len(x)))
         scores = (query @ key.transpose(-1, -2) * TEXT["head_dim"] ** -0.5).masked_fill(hidden, float("-inf"))
         gate = self.linear(x, "self_attn.g_proj").sigmoid()
         mixed = (scores.softmax(-1) @ value).transpose(0, 1) * gate[..., None]
         return self.linear(mixed.flatten(1), "self_attn.o_proj")
 
-
-def rotated(x):
-    """x (H, n, d) turned by position, halves together, base 10000 as sliding layers have it."""
-    half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[1])[:, None] * 10000.0 ** (-torch.arange(half) / half)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+    def rotated(self, x):
+        """x (H, n, d) turned by position, halves together; where a layer does not slide, half of the features, and slower."""
+        base, size = (1e4, x.shape[-1]) if self.slides else (5e6, x.shape[-1] // 2)
+        angle = torch.arange(x.shape[1])[:, None] * base ** (-torch.arange(size // 2) / (size // 2))
+        first, second, rest = x.split([size // 2, size // 2, x.shape[-1] - size], dim=-1)
+        turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+        return torch.cat([*turned, rest], dim=-1)
 
 
 def pre_norm_states(target, ids):
