@@ -105,7 +105,6 @@ class RaggedCache(KVCacheManager):
     def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
         self.layout = layout
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.num_slots = 0
         self._slots = _Slots(num_rows, device)
         plans = layout.plans or (LayerPlan("full_attention"),)
         self._cache = _RaggedLayers(self._slots, [_layer_for(plans[i % len(plans)], self._slots) for i in range(num_layers)])
@@ -114,7 +113,7 @@ class RaggedCache(KVCacheManager):
     def window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
         start = self.lengths if offset is None else self.lengths + offset
         positions = start[:, None] + torch.arange(num_tokens, device=start.device)
-        self._slots.written, self._slots.num_visible = positions, self.num_slots
+        self._slots.written = positions
         prompt = None if self.layout.prompt_lengths is None else self.layout.prompt_lengths - start
         for layer in self._recurrent:
             layer.open(num_tokens, offset, prompt)
@@ -130,8 +129,22 @@ class RaggedCache(KVCacheManager):
         seen = slice(self._slots.num_visible)
         return (held.keys[:, :, seen], held.values[:, :, seen]) if held.is_initialized else None
 
+    @property
+    def num_slots(self) -> int:
+        """How many slots windows may use, and how many they look at."""
+        return self._slots.num_visible
+
     def reserve(self, num_slots: int) -> None:
-        self.num_slots = max(self.num_slots, -(-num_slots // BUCKET) * BUCKET)
+        if num_slots > self.num_slots:
+            self._slots.numbers = torch.arange(-(-num_slots // BUCKET) * BUCKET, device=self.lengths.device)
+            for layer in self._cache.layers:
+                if isinstance(layer, _RaggedLayer) and layer.is_initialized:
+                    layer.grow()
+
+    def growing(self) -> list[tuple[Tensor, int]]:
+        """(tensor, axis): the sizes that change when slots grow, for a compiler to leave open."""
+        layers = [layer for layer in self._cache.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
+        return [(self._slots.numbers, 0)] + [(held, 2) for layer in layers for held in (layer.keys, layer.values)]
 
 
 class _Slots:
@@ -139,7 +152,12 @@ class _Slots:
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.written = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
-        self.num_visible = 0
+        self.numbers = torch.arange(0, device=device)
+
+    @property
+    def num_visible(self) -> int:
+        """How far windows see."""
+        return self.numbers.shape[0]
 
     @property
     def positions(self) -> Tensor:
@@ -185,6 +203,10 @@ class _RaggedLayer(CacheLayerMixin):
         self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
         return self.keys[:, :, : self._slots.num_visible], self.values[:, :, : self._slots.num_visible]
 
+    def grow(self) -> None:
+        """Room for all visible slots, made outside of a round."""
+        self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
+
     def update_index(self, idx_k: Tensor) -> Tensor:
         """An indexer's keys (B, 1, T, Di), by which queries choose what they attend to -> (B, 1, S, Di).
 
@@ -208,15 +230,17 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
-        assert slots is not None
-        if slots.shape[2] < self._slots.num_visible:
-            slots = self._grown(slots)
+        slots = self._roomy(slots)
         index = self._slots.written.to(states.device)[:, None, :, None].expand_as(states)
         return slots.scatter_(2, index, states)
 
-    def _grown(self, slots: Tensor) -> Tensor:
-        """At least twice as many slots, so that all growth together copies each of them about once."""
+    def _roomy(self, slots: Tensor | None) -> Tensor:
+        """With room for all visible slots: if at all, at least twice as many as before, so that all growth together copies each of
+        them about once."""
+        assert slots is not None
         rows, heads, old, width = slots.shape
+        if old >= self._slots.num_visible:
+            return slots
         grown = slots.new_zeros(rows, heads, max(self._slots.num_visible, 2 * old), width)
         grown[:, :, :old] = slots
         return grown
@@ -249,6 +273,10 @@ class _AlignedLayer(_RaggedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
         return self._aligned(keys), self._aligned(values)
+
+    def grow(self) -> None:
+        """Room for all visible slots, made outside of a round."""
+        self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
 
     def update_index(self, idx_k: Tensor) -> Tensor:
         return self._aligned(super().update_index(idx_k))
@@ -323,6 +351,10 @@ class _CroppedLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index_keys: Tensor | None = None
+
+    def grow(self) -> None:
+        """Room for all visible slots, made outside of a round."""
+        self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
 
     def update_index(self, idx_k: Tensor) -> Tensor:
         self.index_keys = idx_k if self.index_keys is None else torch.cat([self.index_keys, idx_k], dim=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,9 @@ def decode_round(
         fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
     clock.lap("accept")
     return state.appended(verdict, fresh, done), verdict
+
+
+Step = Callable[[DecodeState, Roles, int, Noise, "Clock"], tuple[DecodeState, Verdict]]
 
 
 def no_draft(state: DecodeState) -> Draft:
@@ -149,18 +152,30 @@ def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_si
 
 
 def decode(
-    prompt: Prompt, text: Text, roles: Roles, noise: Noise, metrics: Metrics, chunk_size: int, hidden_size: int
+    prompt: Prompt,
+    text: Text,
+    roles: Roles,
+    noise: Noise,
+    metrics: Metrics,
+    chunk_size: int,
+    hidden_size: int,
+    step: Step = decode_round,
 ) -> Iterator[Round]:
-    """Prefill, then rounds until every row is done; one host read a round."""
+    """Prefill, then rounds until every row is done; one host read a round.
+
+    step  what makes a round: `decode_round`, or the same compiled
+    """
     clock, lengths, rest = Clock(metrics.seconds), prompt.lengths.tolist(), Rest()
     roles.reserve(max(lengths))
-    state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
+    with roles.verifier.tap.listening():
+        state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths))
         state = rest.before(state, roles, num_drafted)
-        state, verdict = decode_round(state, roles, num_drafted, noise, clock)
+        with roles.verifier.tap.listening():
+            state, verdict = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]

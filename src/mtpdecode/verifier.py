@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .cache import KVCacheManager
 from .sampling import Sampler
 from .state import DecodeState, Draft, Prompt
-from .target import Hidden, embedded, forward, text_config, with_images
+from .target import Hidden, Tap, embedded, forward, text_config, with_images
 
 
 class Verifier:
@@ -30,6 +30,7 @@ class Verifier:
         prompt: Prompt,
     ) -> None:
         self.target, self.cache, self.sampler, self.hidden, self.prompt = target, cache, sampler, hidden, prompt
+        self.tap = Tap(target, hidden)
 
     def read(self, start: int, num_tokens: int, counts: Tensor) -> Tensor:
         """Prefill: the prompt's tokens from slot `start` on; keeps counts (B,) of them. -> hidden (B, num_tokens, D).
@@ -62,4 +63,4 @@ class Verifier:
         inputs = {"input_ids": tokens}
         if self.prompt.embeds is not None:
             inputs = self.prompt.inputs(embedded(self.target, tokens), window.positions)
-        return forward(self.target, inputs, window, num_logits, self.hidden, media)
+        return forward(self.target, inputs, window, num_logits, self.tap if self.tap.is_listening else self.hidden, media)

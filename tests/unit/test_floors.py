@@ -13,10 +13,11 @@ FLOORS = (
     "acceptance cache head request",  # 2  the parts
     "proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop
-    "decoder train",  # 5  what people type
-    "presets testing llm",  # 6  what is built on the decoder
-    "cli",  # 7  the command line
-    "__main__ __init__",  # 8  the roof
+    "compiled",  # 5  the loop's rounds as graphs
+    "decoder train",  # 6  what people type
+    "presets testing llm",  # 7  what is built on the decoder
+    "cli",  # 8  the command line
+    "__main__ __init__",  # 9  the roof
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(Path(mtpdecode.__file__).parent.glob("*.py"))

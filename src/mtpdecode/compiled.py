@@ -1,0 +1,80 @@
+"""Rounds as compiled graphs: drafting, scoring, acceptance, stopping and commit in one, for every batch size and K."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from .cache import RaggedCache
+from .loop import Clock, Roles, decode_round
+from .state import DecodeState, Noise, Verdict
+
+
+class CompiledRound:
+    """`decode_round`, compiled whole; a model that cannot be traced whole is compiled in pieces, with a warning that says why.
+
+    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow.
+    """
+
+    def __init__(self) -> None:
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
+        self._step: Any = torch.compile(_silent_round, fullgraph=True)
+        self._is_whole = True
+
+    def __call__(
+        self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
+    ) -> tuple[DecodeState, Verdict]:
+        _leave_open(state, roles)
+        try:
+            result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise)
+        except torch._dynamo.exc.Unsupported as error:
+            if not self._is_whole:
+                raise
+            self._in_pieces(roles, error)
+            result = self._step(state, roles, num_speculative_tokens, noise)
+        clock.lap("round")
+        return result
+
+    def _in_pieces(self, roles: Roles, error: Exception) -> None:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "unknown")
+        warnings.warn(
+            f"compiled=True was asked for; a round of {type(roles.verifier.target).__name__} is no single graph ({reason}) and is "
+            "compiled in pieces, which is slower than one graph. Leave compiled out if it is slower than that.",
+            stacklevel=2,
+        )
+        self._step, self._is_whole = torch.compile(_silent_round), False
+
+
+MOST_GRAPHS = 64
+"""Graphs that one process may hold: batch sizes times K, and what else differs between calls."""
+
+
+class _Silence(Clock):
+    """Time is told outside of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def lap(self, part: str) -> None:
+        return
+
+
+_SILENCE = _Silence()
+
+
+def _silent_round(
+    state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise
+) -> tuple[DecodeState, Verdict]:
+    return decode_round(state, roles, num_speculative_tokens, noise, _SILENCE)
+
+
+def _leave_open(state: DecodeState, roles: Roles) -> None:
+    """Tell the compiler which sizes change from call to call, or while a text grows."""
+    growing = [(state.text.tokens, 1)]
+    for cache in roles.caches:
+        if isinstance(cache, RaggedCache):
+            growing += cache.growing()
+    for tensor, axis in growing:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
