@@ -21,6 +21,9 @@ from .spec import MTPSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DRAFT_VOCABULARY = "draft_vocabulary"
+TEXT_CONFIGS = ("text_config", "llm_config")
+"""Where the config of a model that reads more than text has that of the part which writes."""
+
 QUANTISED = (
     *(".weight_scale_inv", ".weight_scale", ".weight_packed", ".scale"),  # compressed-tensors, FP8 and FP4, DeepSeek's own
     *(".qweight", ".qzeros", ".scales", ".weight.absmax", ".SCB"),  # GPTQ and AWQ, bitsandbytes
@@ -99,7 +102,7 @@ class Checkpoint:
 def num_head_layers(checkpoint: Checkpoint, spec: MTPSpec) -> int:
     """How many MTP layers a checkpoint promises: what its config says, else as many as its tensors show; 0 where it has none."""
     config = checkpoint.config
-    sources = (config, config.get("text_config") or {})
+    sources = (config, *(config.get(inner) or {} for inner in TEXT_CONFIGS))
     said = (_looked_up(source, key) for source in sources for key in spec.num_layers_keys)
     entry = "block" if "{i}" in spec.pattern("block") else spec.entry
     shown = len(spec.places(entry, checkpoint.files)) or int(not spec.num_layers_keys)  # counted nowhere: there is one at least

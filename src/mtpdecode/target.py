@@ -141,8 +141,8 @@ def rotary_of(model: PreTrainedModel) -> nn.Module | None:
 
 
 def lm_head_of(model: PreTrainedModel) -> Any:
-    """The output layer, or None."""
-    return model.get_output_embeddings()
+    """The output layer, or None; some wrappers leave it to the language model inside."""
+    return model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
 
 
 def layer_windows(config: PreTrainedConfig, class_name: str) -> dict[str, int | None]:

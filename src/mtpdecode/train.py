@@ -55,8 +55,9 @@ def _window(layout: CacheLayout, config: PreTrainedConfig, rows: Tensor) -> Wind
 
 
 def _training_window(head: MTPHead, hidden: Tensor) -> Window:
-    attention = str(head.config._attn_implementation)
-    return _window(CacheLayout(layer_windows(head.config, "the MTP head"), attention, hidden.dtype), head.config, hidden)
+    config, name, attention = head.config, "the MTP head", str(head.config._attn_implementation)
+    layout = CacheLayout(layer_windows(config, name), attention, hidden.dtype, layer_plans(config, head.blocks, name))
+    return _window(layout, config, hidden)
 
 
 def _cross_entropy(head: MTPHead, target: PreTrainedModel, normed: Tensor, labels: Tensor, layer: int) -> Tensor:

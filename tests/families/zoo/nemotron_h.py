@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from tests import tiny
@@ -100,12 +101,55 @@ def drafts(model, tensors, text, num_steps):
     return recurrent_drafts(model, lambda ids: model.model(ids).last_hidden_state[0], head, text, num_steps)
 
 
+# ── inside a model that sees and hears ──────────────────────────────────────────────────────────────────────────────────────
+
+VISION = {"model_type": "radio", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32} | {
+    "max_img_size": 64,
+    "video_temporal_patch_size": 2,
+}
+
+
+def build_omni():
+    config = transformers.NemotronH_Omni_Reasoning_V3_Config(
+        text_config=SETTINGS | {"model_type": "nemotron_h"},
+        vision_config=VISION,
+        vision_hidden_size=16,
+        projector_hidden_size=16,
+        video_temporal_patch_size=2,
+        image_token_id=tiny.VOCAB - 1,
+        video_token_id=tiny.VOCAB - 2,
+    )
+    model = transformers.NemotronH_Omni_Reasoning_V3(config).eval()
+    calmed(tiny.fill(model.language_model), 0.6)
+    return model
+
+
+def omni_config(settings):
+    """The published config.json calls the text model's config otherwise."""
+    return settings | {"llm_config": config(settings.pop("text_config"))}
+
+
+def omni_published(head, model):
+    return {f"language_model.{name}": tensor for name, tensor in published(head, model).items()}
+
+
+def omni_drafts(model, tensors, text, num_steps):
+    inner = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
+    return drafts(model.language_model, inner, text, num_steps)
+
+
+def omni():
+    skip = "" if "NemotronH_Omni_Reasoning_V3" in dir(transformers) else "this transformers has no nemotron_h_omni"
+    return Case("nemotron_h", "nemotron_h-omni", build_omni, omni_published, omni_drafts, omni_config, crop=False, skip=skip)
+
+
 def case(name, **changes):
     return Case("nemotron_h", f"nemotron_h-{name}", lambda: build(**changes), published, drafts, config, crop=False)
 
 
 CASES = [
     case("moe"),
+    omni(),
     case(
         "latent",
         seed=1,
