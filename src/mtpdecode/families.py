@@ -264,6 +264,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         model_types=("exaone_moe",),
         prefix="mtp.",
         names=QWEN_NAMES,
+        counted_by="tensors",  # the config of K-EXAONE-2 counts how often its one layer is used
         block_layer_type="sliding_attention",
         depth_types=(("layer_types", "mtp_layer_types"),),
         depth_windows="mtp_sliding_windows",

@@ -34,10 +34,10 @@ def published(head, _model):
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def config(settings, types=None, windows=None):
-    """As published: the attention type and the window of each MTP layer, 0 where it sees everything."""
+def config(settings, types=None, windows=None, count=1):
+    """As published: attention type and window of each MTP layer, 0 where it sees everything. count: how often the layer is used."""
     named = {"mtp_layer_types": types, "mtp_sliding_windows": windows}
-    return settings | {"num_nextn_predict_layers": 1} | {key: value for key, value in named.items() if value}
+    return settings | {"num_nextn_predict_layers": count} | {key: value for key, value in named.items() if value}
 
 
 # ── the twin ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,6 +96,6 @@ CASES = [
         build,
         published,
         partial(drafts, window=5),
-        partial(config, types=SLIDING, windows=[5]),
+        partial(config, types=SLIDING, windows=[5], count=3),
     ),
 ]
