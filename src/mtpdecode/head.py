@@ -202,7 +202,8 @@ class MTPHead(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """What has a layer of the cache each: the depths' blocks, or where these are rows of layers, all of those."""
-        rows = [layer.block.layers if isinstance(layer.block, SubLayers) else [layer.block] for layer in self.layers]
+        blocks: list[Any] = [layer.block for layer in self.layers]
+        rows = [block.layers if isinstance(block, SubLayers) else [block] for block in blocks]
         return [block for row in rows for block in row]
 
     def num_cached(self, num_speculative_tokens: int) -> int:
