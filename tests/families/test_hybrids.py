@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 from transformers.modeling_layers import MtpModel
 
 from mtpdecode import GenerationError, MTPDecoder, MTPHead, UnsupportedModelError
@@ -49,6 +49,21 @@ def test_prompts_in_pieces_and_padded_on_either_side(chunk, side, decoder, expec
     batch, pieces = tiny.padded(rows(), side), {"prefill_chunk_size": chunk} if chunk else {}
     found = decoder.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False, **pieces)
     tiny.assert_rows(found, max(LENGTHS), expected, f"pieces of {chunk}, padded on the {side}")
+
+
+def test_long_texts_do_not_drift(decoder, model):
+    """200 tokens, ragged: the text of each row alone, and states that a fresh reading of it comes to."""
+    texts, options = rows(), {"max_new_tokens": 200, "do_sample": False}
+    found = decoder.generate(**tiny.padded(texts), **options)
+    expected = [tiny.alone(model, row, **options) for row in texts]
+    tiny.assert_rows(found, max(LENGTHS), expected, "200 tokens")
+    for row, (text, new) in enumerate(zip(texts, expected, strict=True)):
+        states = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tiny.one((text + new)[:-1]), past_key_values=states)
+        for ours, theirs in zip(decoder.cache.window(1).cache.layers[:2], states.layers[:2], strict=True):
+            error = float((ours.recurrent_states[0][row] - theirs.recurrent_states[0][0]).abs().max())
+            assert error < 1e-4, f"row {row}: off by {error:.1e} after {len(new)} tokens"
 
 
 def test_whole_pieces_of_a_prompt_are_not_held_in_memory(decoder, monkeypatch):
