@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -168,10 +169,11 @@ class MTPHead(nn.Module):
         weight = lm_head.weight
         usual = next(embedding.parameters()).dtype  # not the output layer's, which some models keep in float32
         self.to(device=weight.device, dtype=usual)
+        origins = decoder.layers if spec.sublayers else [decoder.layers[self.config.block_origin]]
         for layer in self.layers:
-            _restore_dtypes(layer.block, decoder.layers[self.config.block_origin], usual)  # type: ignore[arg-type]
+            _restore_dtypes(layer.block, origins, usual)  # type: ignore[arg-type]
             if spec.streams is not None:
-                _restore_dtypes(layer.mixer, own_mixer(mixer_of(target), spec), usual)  # type: ignore[arg-type]
+                _restore_dtypes(layer.mixer, [own_mixer(mixer_of(target), spec)], usual)  # type: ignore[arg-type]
         self._restrict(draft_vocabulary)
 
     @property
@@ -372,8 +374,10 @@ def fresh_norm(norm: nn.Module) -> nn.Module:
     return new
 
 
-def _restore_dtypes(module: nn.Module, origin: nn.Module, usual: torch.dtype) -> None:
+def _restore_dtypes(module: nn.Module, origins: Iterable[nn.Module], usual: torch.dtype) -> None:
     """Parts that the target keeps in another dtype (the correction bias of experts, in float32) have that one in the head too."""
-    others = {name: tensor.dtype for name, tensor in origin.state_dict().items() if tensor.dtype != usual}
+    tensors = [pair for origin in origins for pair in origin.state_dict().items()]
+    others = {f".{name}": tensor.dtype for name, tensor in tensors if tensor.dtype != usual}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        tensor.data = tensor.data.to(others.get(name, tensor.dtype))
+        dtype = next((dtype for end, dtype in others.items() if f".{name}".endswith(end)), tensor.dtype)
+        tensor.data = tensor.data.to(dtype)
