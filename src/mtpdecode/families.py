@@ -217,6 +217,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         ),
         ignored=SHARED_COPIES,
         block_layer_type="full_attention",
+        strangers=("BailingMoeV2_5ForCausalLM",),
         examples=("inclusionAI/Ling-3.0-Flash",),
         verified="greedy parity; head logits against a twin in plain torch",
         source="vLLM's reading of version 3",

@@ -47,6 +47,7 @@ def load_target(path_or_repo: str | os.PathLike[str], **kwargs: Any) -> PreTrain
     """The target alone. A base that transformers lacks but that equals one it has (MiMo-7B is Qwen2) is loaded as that one."""
     source = os.fspath(path_or_repo)
     raw = Checkpoint(source).config
+    _refuse_stranger(source, raw)
     if not kwargs.get("trust_remote_code") and (config := _as_another(raw)):
         kwargs["config"] = config
     known = kwargs["config"].model_type if "config" in kwargs else raw.get("model_type")
@@ -116,6 +117,7 @@ def head_for(target: PreTrainedModel, source: MTPHead | str | os.PathLike[str] |
         )
     checkpoint = Checkpoint(place)
     _refuse_drafter(checkpoint)
+    _refuse_stranger(checkpoint.source, checkpoint.config)
     own = str(checkpoint.config.get("model_type"))  # tells more than a target that was loaded as another
     is_another = any(own in row.model_types and row.base_model_type == model_type for row in FAMILIES)
     return _read(target, checkpoint, spec or spec_for(own if is_another else model_type, name, checkpoint.files))
@@ -125,6 +127,18 @@ def _listed_type(target: PreTrainedModel) -> str:
     """The model type under which the table has a target: its own, or that of the part which writes text."""
     own, inner = str(target.config.model_type), str(text_config(target).model_type)
     return own if own in known_model_types() else inner
+
+
+def _refuse_stranger(source: str, raw: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError for another model that goes by the model type of one in the table: transformers would load it
+    as that one, with random weights where its tensors are called otherwise."""
+    rows = [row for row in FAMILIES if raw.get("model_type") in row.model_types]
+    found = {name for row in rows for name in row.strangers} & set(raw.get("architectures") or ())
+    if found:
+        raise UnsupportedModelError(
+            f"{source!r} was asked for; it is a {', '.join(sorted(found))}, which transformers {version} has no class for though it "
+            f"knows model_type={raw['model_type']!r}. mtpdecode decodes {', '.join(rows[0].examples)} and its like."
+        )
 
 
 def _refuse_drafter(checkpoint: Checkpoint) -> None:

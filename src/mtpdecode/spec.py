@@ -116,6 +116,8 @@ class MTPSpec:
     """Whether row 0 sees zeros instead of its token's embedding, as vLLM does for several families."""
     base_model_type: str | None = None
     """The transformers model type that the target is, where transformers does not know `model_types` itself."""
+    strangers: tuple[str, ...] = ()
+    """Values of `config.architectures` that go by a model type of the row and are other models, to be refused."""
     text_alone: tuple[tuple[str, Any], ...] = ()
     """The vision_config, of no layers, with which a vision model as base holds a text model that has no class of its own."""
     examples: tuple[str, ...] = ()
