@@ -306,7 +306,7 @@ def head_config(target: PreTrainedModel, spec: MTPSpec, num_layers: int) -> PreT
 
 
 def _overrides(target: PreTrainedModel, layer_type: str, origin: int, names: set[str]) -> dict[str, Any]:
-    """What the target's last layer of a type has otherwise than its config says for all; of a type that it lacks, the origin's."""
+    """What the target's last layer of a type has otherwise than its config says for all; of one that it lacks, the origin's."""
     config = text_config(target)
     types = enumerate(getattr(config, "layer_types", None) or ())
     like = config.per_layer_config[max((i for i, name in types if name == layer_type), default=origin)]
@@ -318,8 +318,8 @@ def _set_window(config: PreTrainedConfig, spec: MTPSpec) -> None:
     windows = {window for window in getattr(config, str(spec.depth_windows), None) or () if window}
     if len(windows) > 1:
         raise UnsupportedModelError(
-            f"The {spec.family} head was asked for; its config has {spec.depth_windows}={sorted(windows)}, and mtpdecode knows heads "
-            "with one sliding window only. To speculate without a head, pass proposer=NGramProposer()."
+            f"The {spec.family} head was asked for; its config has {spec.depth_windows}={sorted(windows)}, and mtpdecode knows "
+            "heads with one sliding window only. To speculate without a head, pass proposer=NGramProposer()."
         )
     for window in windows:
         config.sliding_window = window
@@ -330,8 +330,8 @@ def _check_drafts_ahead(block: nn.Module, spec: MTPSpec) -> None:
     mixers = [type(module).__name__ for module in block.modules() if (kind := kind_of(module)) and kind.inputs]
     if mixers:
         raise UnsupportedModelError(
-            f"A {spec.family} head was asked for, whose blocks are built like a recurrent layer of the target ({mixers[0]}); heads "
-            "have attention. Pass spec=spec.replace(block_layer_type='full_attention')."
+            f"A {spec.family} head was asked for, whose blocks are built like a recurrent layer of the target ({mixers[0]}); "
+            "heads have attention. Pass spec=spec.replace(block_layer_type='full_attention')."
         )
 
 
