@@ -35,7 +35,7 @@ def published(head, _model):
 
 
 def config(settings, types=None, windows=None, count=1):
-    """As published: attention type and window of each MTP layer, 0 where it sees everything. count: how often the layer is used."""
+    """As published: attention type and window of each MTP layer, 0 where it sees everything. count: how often it is used."""
     named = {"mtp_layer_types": types, "mtp_sliding_windows": windows}
     return settings | {"num_nextn_predict_layers": count} | {key: value for key, value in named.items() if value}
 
