@@ -103,7 +103,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         ignored=SHARED_COPIES,
         angles="three_axes",
         examples=("zai-org/GLM-OCR",),
-        verified="greedy parity on text; head logits against a twin in plain torch",
+        verified="greedy parity, with images too; head logits against a twin in plain torch",
         source="vLLM recycles the raw state, we the normed one as for all GLM heads: spec.replace(recycle='raw')",
     ),
     MTPSpec(
@@ -202,8 +202,8 @@ FAMILIES: tuple[MTPSpec, ...] = (
         sublayers="mtp_layers_block_type",
         norm_out="none",  # the last sub-layer carries it
         examples=("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16",),
-        verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM; mtp_hybrid_override_pattern in config.json lists the sub-layers, and the tensors' numbers run over its letters",
+        verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
+        source="vLLM; mtp_hybrid_override_pattern in config.json lists the sub-layers; the tensors' numbers run over its letters",
     ),
     MTPSpec(
         family="bailing_hybrid",
@@ -219,7 +219,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_layer_type="full_attention",
         strangers=("BailingMoeV2_5ForCausalLM",),
         examples=("inclusionAI/Ling-3.0-Flash",),
-        verified="greedy parity; head logits against a twin in plain torch",
+        verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
         source="vLLM's reading of version 3",
     ),
     MTPSpec(
@@ -233,9 +233,9 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_config=(("indexer_types", "full"),),
         block="plain_layer",
         examples=("zai-org/GLM-5.3-Flash",),
-        verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM, whose indexer chooses at the first draft step where the config has index_share_for_mtp_iteration, and ours at "
-        "each; it zeroes the first embedding: spec.replace(zero_first_embedding=True)",
+        verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
+        source="vLLM, whose indexer chooses at the first draft step where the config has index_share_for_mtp_iteration; ours at "
+        "each. It zeroes the first embedding: spec.replace(zero_first_embedding=True)",
     ),
     MTPSpec(
         family="deepseek_v32",

@@ -27,7 +27,7 @@ def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrain
     if not said and spec.index_choice != "first_step":
         return []
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= set(CHOOSING):
+    if not kinds <= set(CHOOSING) or getattr(config, "index_kpool", None):  # GLM-5.3-Flash chooses pools of neighbours
         raise UnsupportedModelError(
             f"The later draft steps of a {spec.family} head were to keep to the keys that the first one chose; its blocks are of "
             f"type {', '.join(sorted(kinds))}, which chooses no single keys. Pass spec=spec.replace(index_choice='each_step')."

@@ -75,8 +75,20 @@ def test_only_attention_has_keys():
     ],
 )
 def test_patterns_that_no_head_was_seen_to_have_are_refused(changes, num_layers, says):
-    with pytest.raises(UnsupportedModelError, match=f"{says}.*one MTP layer that is made of full_attention, moe, mlp.*NGramProposer"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"{says}.*one MTP layer that is made of full_attention, moe, mlp.*NGramProposer"
+    ):
         MTPHead(nemotron_h.build(**changes), ROWS["nemotron_h"], num_layers)
+
+
+@pytest.mark.parametrize("choice", ["first_step", "config"])
+def test_pools_of_keys_cannot_be_kept_to(choice):
+    model = glm5_next.build(index_share_for_mtp_iteration=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"chooses no single keys\. Pass spec=spec\.replace\(index_choice='each_step'\)"
+    ):
+        MTPHead(model, ROWS["glm5_next"].replace(index_choice=choice))
+    MTPHead(model, ROWS["glm5_next"])
 
 
 def test_another_model_of_the_same_type_is_refused_by_name(tmp_path):
@@ -86,5 +98,7 @@ def test_another_model_of_the_same_type_is_refused_by_name(tmp_path):
     settings = json.loads((folder / "config.json").read_text()) | {"architectures": ["BailingMoeV2_5ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(settings))
     for load in (lambda: MTPDecoder.from_pretrained(folder), lambda: MTPDecoder.from_model(model, head=str(folder))):
-        with pytest.raises(UnsupportedModelError, match=r"a BailingMoeV2_5ForCausalLM, .*decodes inclusionAI/Ling-3\.0-Flash and"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"a BailingMoeV2_5ForCausalLM, .*decodes inclusionAI/Ling-3\.0-Flash and"
+        ):
             load()
