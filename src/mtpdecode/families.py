@@ -361,7 +361,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         recycle="raw",
         examples=("moonshotai/Kimi-K3",),
         verified="greedy parity and head logits with a tiny model in remote code",
-        source="vLLM; transformers has no such base: trust_remote_code=True. Layers of it that keep a recurrent state are refused",
+        source="vLLM; transformers has no such base: trust_remote_code=True. Layers that keep a recurrent state are refused",
     ),
     MTPSpec(
         family="pangu_ultra_moe",
