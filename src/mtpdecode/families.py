@@ -200,8 +200,9 @@ FAMILIES: tuple[MTPSpec, ...] = (
         names=(("layers.0.enorm", "norm_embed"), ("layers.0.hnorm", "norm_hidden"), ("layers.0.eh_proj", "proj")),
         experts=("up_proj", "down_proj"),
         sublayers="mtp_layers_block_type",
+        counted_by="tensors",  # one layer, which configs count as often as it was repeated in training
         norm_out="none",  # the last sub-layer carries it
-        examples=("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16",),
+        examples=("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16", "nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16"),
         verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
         source="vLLM; mtp_hybrid_override_pattern in config.json lists the sub-layers; the tensors' numbers run over its letters",
     ),

@@ -51,6 +51,13 @@ def config(settings):
     return settings | written | {"num_hidden_layers": len(written["hybrid_override_pattern"])}
 
 
+def listed(settings):
+    """Or it has lists under older names, and counts how often the one layer was repeated in training."""
+    older = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
+    lists = {name: [older[kind] for kind in settings[name]] for name in ("layers_block_type", "mtp_layers_block_type")}
+    return settings | lists | {"num_nextn_predict_layers": 2}
+
+
 def published(head, model):
     """The index runs over the letters of the pattern; the first sub-layer holds the fusion, the last one the final norm."""
     (layer,) = head.layers
@@ -143,8 +150,8 @@ def omni():
     return Case("nemotron_h", "nemotron_h-omni", build_omni, omni_published, omni_drafts, omni_config, crop=False, skip=skip)
 
 
-def case(name, **changes):
-    return Case("nemotron_h", f"nemotron_h-{name}", lambda: build(**changes), published, drafts, config, crop=False)
+def case(name, written=config, **changes):
+    return Case("nemotron_h", f"nemotron_h-{name}", lambda: build(**changes), published, drafts, written, crop=False)
 
 
 CASES = [
@@ -152,6 +159,7 @@ CASES = [
     omni(),
     case(
         "latent",
+        listed,
         seed=1,
         moe_latent_size=8,
         layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "moe"],
