@@ -106,7 +106,7 @@ def num_streams(spec: MTPSpec, config: PreTrainedConfig) -> int:
 def rotary_angles(rotary: Any, spec: MTPSpec, x: Tensor, window: Window) -> Any:
     """Rotary angles for layers that want more than the window's own."""
     if spec.angles == "three_axes":
-        return rotary(x, window.positions.expand(3, -1, -1))
+        return rotary(x, window.positions.expand(3, -1, -1) if window.axes is None else window.axes)
     if spec.angles == "all_types":
         return {name: rotary(x, window.positions, name) for name in rotary.layer_types}
     assert isinstance(window.mask, Tensor)

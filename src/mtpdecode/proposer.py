@@ -130,7 +130,7 @@ class MTPProposer(Proposer):
         self.lag = self.num_depths - 1
 
     def absorb(self, text: Text, fresh: Fresh) -> None:
-        window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
+        window, hidden = self._window(fresh.states.shape[1]), fresh.states
         for depth in range(self.num_depths):
             _, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
         self.cache.commit((fresh.counts - self.num_depths).clamp(min=0))
@@ -138,7 +138,7 @@ class MTPProposer(Proposer):
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
         """The absorbing pass gives a token per depth; the rest are single steps of the last depth past the end."""
         text, fresh, picks = state.text, state.fresh, []
-        window, hidden = self.cache.window(fresh.states.shape[1]), fresh.states
+        window, hidden = self._window(fresh.states.shape[1]), fresh.states
         with recorded(self.head.indexers) as choices:
             for depth in range(self.num_depths):
                 normed, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
@@ -150,12 +150,15 @@ class MTPProposer(Proposer):
         self.cache.commit(absorbed)
         hidden, last = last_real(hidden, fresh.counts), self.num_depths - 1
         for step in range(self.num_depths, num_speculative_tokens):
-            window = self.cache.window(1, fresh.counts - absorbed + step - self.num_depths)
+            window = self._window(1, fresh.counts - absorbed + step - self.num_depths)
             window = window if kept is None else narrowed(window, kept)
             normed, hidden = self.head(last, self.head.embed(picks[-1].tokens, last), hidden, window)
             picks.append(self._pick(self.head.logits(normed[:, 0], last), text, step, noise))
             text = text.with_draft(picks[-1].tokens, step)
         return joined(picks[:num_speculative_tokens], state)
+
+    def _window(self, num_tokens: int, offset: Tensor | None = None) -> Window:
+        return self.call.prompt.placed(self.cache.window(num_tokens, offset))
 
     def _fed(self, hidden: Tensor, fresh: Fresh) -> Tensor:
         """What a depth is fed: the output of the one before, or in families that do not chain what the first one is fed."""

@@ -19,6 +19,7 @@ from .stopping import Stopping
 from .target import (
     embedded,
     forward_keywords,
+    has_axes,
     has_per_layer_inputs,
     merged_embeddings,
     merges_media,
@@ -147,6 +148,7 @@ def check_seam(model: PreTrainedModel, model_kwargs: Mapping[str, Any]) -> None:
     if cache is not None and int(cache.get_seq_length()):
         check_options({"past_key_values": cache})
     if positions is not None:
+        positions = positions[0] if positions.dim() == 3 else positions  # the first are those of text
         seen = torch.ones_like(positions) if mask is None else mask.long()
         if bool(((seen.cumsum(-1) - 1 != positions) & seen.bool()).any()):
             check_options({"position_ids": positions})
@@ -275,7 +277,7 @@ def _left_aligned(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model
     media = {name: value for name, value in given.items() if name not in PER_TOKEN}
     if media and merges_media(model):
         embeds = merged_embeddings(model, input_ids, media)
-        return Prompt(tokens, mask.sum(-1), embeds=_reordered(embeds, order))
+        return Prompt(tokens, mask.sum(-1), embeds=_reordered(embeds, order), axes=_axes(model, model_kwargs, order))
     prompt = Prompt(tokens, mask.sum(-1), types=types, media=media)
     if model_kwargs.get("inputs_embeds") is None:
         return prompt
@@ -283,6 +285,13 @@ def _left_aligned(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model
     if "per_layer_inputs" in given:
         return prompt._replace(per_layer=_reordered(given["per_layer_inputs"], order))
     return prompt._replace(per_layer=_looked_up(model, prompt)) if has_per_layer_inputs(model) else prompt
+
+
+def _axes(model: PreTrainedModel, model_kwargs: Mapping[str, Any], order: Tensor) -> Tensor | None:
+    """(3, B, P) the positions that transformers found for a prompt, behind those of text; None for models without such axes."""
+    if not has_axes(model):
+        return None
+    return model_kwargs["position_ids"][1:].gather(2, order.expand(3, -1, -1))  # type: ignore[no-any-return]
 
 
 def _looked_up(model: PreTrainedModel, prompt: Prompt) -> Tensor:

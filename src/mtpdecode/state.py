@@ -40,15 +40,17 @@ class Verdict(NamedTuple):
 class Window(NamedTuple):
     """Where the next T tokens of every row go.
 
-    positions  (B, T) int64, the rotary positions
+    positions  (B, T) int64, the slots, which are the rotary positions unless there are axes
     mask       (B, 1, T, slots): bool for sdpa, additive for eager attention; or one of them per layer type, None for types that
                have no keys
     cache      the transformers Cache to hand to the model
+    axes       (3, B, T) int64 or None: the rotary positions in time, height and width, where images made them differ
     """
 
     positions: Tensor
     mask: Tensor | dict[str, Tensor | None]
     cache: Cache
+    axes: Tensor | None = None
 
 
 class Text(NamedTuple):
@@ -139,6 +141,7 @@ class Prompt(NamedTuple):
     per_layer  (B, P, L, d) or None: what goes with embeds in models that look up an embedding for each layer
     types      (B, P) int64 or None: 0 for text, 1 for tokens of an image, 2 of a video, 3 of a sound
     media      what else the model's forward reads with the prompt, by its own keywords: pixel_values and the like
+    axes       (3, B, P) int64 or None: positions in time, height and width, where the parts of an image share some
     """
 
     tokens: Tensor
@@ -147,6 +150,7 @@ class Prompt(NamedTuple):
     per_layer: Tensor | None = None
     types: Tensor | None = None
     media: Mapping[str, Any] = MappingProxyType({})
+    axes: Tensor | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -161,6 +165,18 @@ class Prompt(NamedTuple):
         """The same for everything that a model makes of tokens before its first layer: inputs_embeds and per_layer_inputs."""
         given = {"inputs_embeds": self.embeds, "per_layer_inputs": self.per_layer}
         return {name: self._inserted(given[name], own, slots) for name, own in inputs.items()}
+
+    def placed(self, window: Window) -> Window:
+        """A window whose rotary positions are the prompt's own, if it has some; behind it each axis goes on from the last one.
+
+        tokens  a i i i i b | c d       slots 0 1 2 3 4 5 | 6 7         an image of 2 x 2
+        height  0 1 1 2 2 3 | 4 5       width 0 1 2 1 2 3 | 4 5
+        """
+        if self.axes is None:
+            return window
+        last, slots = self.lengths[:, None] - 1, window.positions
+        known = self.axes.gather(2, slots.minimum(last).expand(3, -1, -1))
+        return window._replace(axes=known + (slots - last).clamp(min=0))
 
     def _inserted(self, given: Tensor | None, own: Tensor, slots: Tensor) -> Tensor:
         """own (B, T, ...) with given (B, P, ...) where slots (B, T) are the prompt's."""

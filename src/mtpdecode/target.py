@@ -58,8 +58,11 @@ MEDIA = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
 MULTIMODAL = ("gemma4", "gemma4_unified")
 """Model types whose images are known to be read exactly: they change embeddings and masks, and no positions."""
 
-MERGED = ("exaone4_5",)
-"""Model types whose images change embeddings alone: they are made once, and the prompt decodes like one of embeddings."""
+AXES = ("glm_ocr", "qwen3_5", "qwen3_5_moe")
+"""Model types whose images change embeddings, and positions: each token has one in time, in height and in width."""
+
+MERGED = ("exaone4_5", *AXES)
+"""Model types whose images change embeddings and no mask: they are made once, and the prompt decodes like one of embeddings."""
 
 MASKS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 """Types of layers with attention and convolutions -> under which their attention looks up its mask."""
@@ -201,8 +204,8 @@ def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.
     if not known:
         found = ", ".join(sorted({type(child).__name__ for child in block.children()}))
         raise UnsupportedModelError(
-            f"{class_name} was to be decoded speculatively; its {name} layers are recurrent and made of {found}, none of which is "
-            f"known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. Call model.generate() without mtpdecode."
+            f"{class_name} was to be decoded speculatively; its {name} layers are recurrent and made of {found}, none of which "
+            f"is known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. Call model.generate() without mtpdecode."
         )
     mixer = next((module for module, kind in known if kind.inputs), None)
     blanks = {number: getattr(module, name) for module, kind in known for number, name in kind.blanks}
@@ -260,12 +263,19 @@ def prompt_keywords(model: PreTrainedModel) -> set[str]:
         known |= {"input_features", "input_features_mask", "mm_token_type_ids", "mm_encoder_outputs", "per_layer_inputs"}
     if model.config.model_type in MERGED:
         known |= {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_encoder_outputs"}
+    if has_axes(model):
+        known |= {"mm_token_type_ids"}
     return known & forward_keywords(model)
 
 
 def merges_media(model: PreTrainedModel) -> bool:
-    """Whether images change the embeddings of a prompt and nothing else."""
+    """Whether images change the embeddings of a prompt, and no mask."""
     return model.config.model_type in MERGED
+
+
+def has_axes(model: PreTrainedModel) -> bool:
+    """Whether tokens have positions in time, height and width."""
+    return model.config.model_type in AXES
 
 
 class _Caught(Exception):
@@ -283,7 +293,7 @@ def merged_embeddings(model: PreTrainedModel, tokens: Tensor, media: Mapping[str
     handle = decoder_of(model).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad(), evaluating(training_modules(model)), suppress(_Caught):
-            model(input_ids=tokens, use_cache=False, **media)
+            model(input_ids=tokens, position_ids=torch.zeros_like(tokens), use_cache=False, **media)
     finally:
         handle.remove()
     return caught[0]
@@ -412,7 +422,7 @@ def forward(
             **inputs,
             **(extra or {}),
             attention_mask=window.mask,
-            position_ids=window.positions,
+            position_ids=window.positions if window.axes is None else window.axes,
             past_key_values=window.cache,
             use_cache=True,
             logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too

@@ -57,7 +57,7 @@ class Verifier:
     def _forward(
         self, tokens: Tensor, num_logits: int, types: Tensor | None = None, media: Mapping[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        window = self.cache.window(tokens.shape[1])
+        window = self.prompt.placed(self.cache.window(tokens.shape[1]))
         if types is not None:
             window = with_images(window, types, text_config(self.target))
         inputs = {"input_ids": tokens}

@@ -6,7 +6,7 @@ from transformers import GlmOcrConfig, GlmOcrForConditionalGeneration
 
 from tests import tiny
 from tests.families.layouts import below, deepseek_layout
-from tests.families.twins import causal_attention, heads, rms_norm, rotated
+from tests.families.twins import causal_attention, heads, rms_norm
 from tests.families.zoo import Case
 
 LAYOUT = deepseek_layout("model.language_model.layers.{n}.")
@@ -27,9 +27,31 @@ def published_config(settings):
     return settings | {"text_config": settings["text_config"] | {"num_nextn_predict_layers": 1}}
 
 
+def turned(x, axes):
+    """x (H, n, 8), axes (3, n): of its four pairs of neighbours the first turns with time, the second with height, the rest with
+    width."""
+    turns = axes[[0, 1, 2, 2]].T * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * turns.cos() - odd * turns.sin(), odd * turns.cos() + even * turns.sin()], -1).flatten(-2)
+
+
 @torch.no_grad()
-def drafts(model, tensors, text, num_steps, recycle="normed"):
-    """Attention and MLP each stand between two norms; in text, the three axes of positions are one and the same."""
+def read(model, ids, media):
+    """The text part's own view of a prompt ids (1, n): embeddings (n, D), hidden states (n, D), positions (3, n)."""
+    seen, part = {}, model.model.language_model
+    handle = part.register_forward_hook(lambda _, __, given, output: seen.update(given, states=output[0]), with_kwargs=True)
+    model(ids, use_cache=False, **media)
+    handle.remove()
+    plain = torch.arange(ids.shape[1]).expand(3, 1, -1)
+    axes = plain if seen["position_ids"] is None else seen["position_ids"][-3:]
+    return seen["inputs_embeds"][0], seen["states"][0], axes[:, 0]
+
+
+@torch.no_grad()
+def drafts(model, tensors, text, num_steps, recycle="normed", media=None):
+    """Attention and MLP each stand between two norms. Rows stand where the target's hidden states do; in text, all axes agree."""
+    given, states, axes = read(model, torch.tensor([text]), media or {})
+    hidden, axes, embeds = states[:-1], axes[:, :-1], given[1:]
     config, named = model.config.text_config, below(tensors, "model.language_model.layers.2.")
     part = {name.removesuffix(".weight"): tensor for name, tensor in named.items()}
 
@@ -37,25 +59,25 @@ def drafts(model, tensors, text, num_steps, recycle="normed"):
         return rms_norm(x, part[name], config.rms_norm_eps)
 
     def attention(x):
+        beyond = torch.arange(1, 1 + len(x) - axes.shape[1]) + axes.max()
+        where = torch.cat([axes, beyond.expand(3, -1)], dim=1)
         query, key, value = (heads(x, part[f"self_attn.{name}_proj"], 8) for name in "qkv")
-        seen = causal_attention(rotated(query, 10000.0), rotated(key, 10000.0), value, 8**-0.5)
+        seen = causal_attention(turned(query, where), turned(key, where), value, 8**-0.5)
         return F.linear(seen, part["self_attn.o_proj"])
 
     def mlp(x):
         gate, up = F.linear(x, part["mlp.gate_up_proj"]).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, part["mlp.down_proj"])
 
-    hidden = model.model.language_model(torch.tensor([text[:-1]]), use_cache=False).last_hidden_state[0]
-    tokens, logits = list(text[1:]), []
+    logits = []
     for _ in range(num_steps):
-        embeds = model.model.language_model.embed_tokens(torch.tensor(tokens))
         x = F.linear(torch.cat([norm(embeds, "enorm"), norm(hidden, "hnorm")], -1), part["eh_proj"])
         x = x + norm(attention(norm(x, "input_layernorm")), "post_self_attn_layernorm")
         x = x + norm(mlp(norm(x, "post_attention_layernorm")), "post_mlp_layernorm")
         normed = norm(x, "shared_head.norm")[-1:]
         logits.append(model.lm_head(normed)[0])
         hidden = torch.cat([hidden, normed if recycle == "normed" else x[-1:]])
-        tokens.append(int(logits[-1].argmax()))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(logits[-1].argmax()[None])])
     return torch.stack(logits)
 
 
