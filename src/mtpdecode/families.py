@@ -441,7 +441,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_layer_type="full_attention",
         angles="three_axes",
         examples=("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B"),
-        verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
+        verified="greedy parity, with images too; head logits against a twin in plain torch; states after commits against transformers",
         source="vLLM and SGLang agree: the state behind the final norm, a gated full-attention block over a hybrid base",
     ),
     MTPSpec(
@@ -454,7 +454,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_layer_type="full_attention",
         angles="three_axes",
         examples=("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.6-35B-A3B"),
-        verified="greedy parity; head logits against a twin in plain torch; states after ragged commits against transformers",
+        verified="greedy parity, with images too; head logits against a twin in plain torch; states after commits against transformers",
         source="as qwen3_5; experts are published stacked or one by one",
     ),
     MTPSpec(
