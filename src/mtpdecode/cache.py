@@ -130,6 +130,11 @@ class RaggedCache(KVCacheManager):
         return (held.keys[:, :, seen], held.values[:, :, seen]) if held.is_initialized else None
 
     @property
+    def layers(self) -> list[Any]:
+        """What is held of each layer."""
+        return list(self._cache.layers)
+
+    @property
     def num_slots(self) -> int:
         """How many slots windows may use, and how many they look at."""
         return self._slots.num_visible
@@ -144,7 +149,8 @@ class RaggedCache(KVCacheManager):
     def growing(self) -> list[tuple[Tensor, int]]:
         """(tensor, axis): the sizes that change when slots grow, for a compiler to leave open."""
         layers = [layer for layer in self._cache.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
-        return [(self._slots.numbers, 0)] + [(held, 2) for layer in layers for held in (layer.keys, layer.values)]
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        return [(self._slots.numbers, 0), *((tensor, 2) for tensor in held)]
 
 
 class _Slots:
@@ -274,10 +280,6 @@ class _AlignedLayer(_RaggedLayer):
         keys, values = super().update(key_states, value_states)
         return self._aligned(keys), self._aligned(values)
 
-    def grow(self) -> None:
-        """Room for all visible slots, made outside of a round."""
-        self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
-
     def update_index(self, idx_k: Tensor) -> Tensor:
         return self._aligned(super().update_index(idx_k))
 
@@ -351,10 +353,6 @@ class _CroppedLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index_keys: Tensor | None = None
-
-    def grow(self) -> None:
-        """Room for all visible slots, made outside of a round."""
-        self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
 
     def update_index(self, idx_k: Tensor) -> Tensor:
         self.index_keys = idx_k if self.index_keys is None else torch.cat([self.index_keys, idx_k], dim=2)

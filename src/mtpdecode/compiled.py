@@ -8,24 +8,34 @@ from typing import Any
 import torch
 
 from .cache import RaggedCache
+from .distances import LEARNED
 from .loop import Clock, Roles, decode_round
+from .proposer import MTPProposer
+from .recurrent import HookedLayer
 from .state import DecodeState, Noise, Verdict
 
 
 class CompiledRound:
     """`decode_round`, compiled whole; a model that cannot be traced whole is compiled in pieces, with a warning that says why.
 
-    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow.
+    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. What is
+    followed by hooks (recurrent layers, for one) runs as without compilation, with a warning.
+
+    backend  of `torch.compile`
     """
 
-    def __init__(self) -> None:
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
-        self._step: Any = torch.compile(_silent_round, fullgraph=True)
-        self._is_whole = True
+    def __init__(self, backend: str = "inductor") -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+        self._backend = backend
+        self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
+        self._is_whole, self._has_warned = True, False
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
     ) -> tuple[DecodeState, Verdict]:
+        if reason := _needs_hooks(roles):
+            self._warn(roles, f"its {reason} are followed by hooks, which no graph holds", "runs as without compiled=True.")
+            return decode_round(state, roles, num_speculative_tokens, noise, clock)
         _leave_open(state, roles)
         try:
             result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise)
@@ -39,12 +49,24 @@ class CompiledRound:
 
     def _in_pieces(self, roles: Roles, error: Exception) -> None:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "unknown")
-        warnings.warn(
-            f"compiled=True was asked for; a round of {type(roles.verifier.target).__name__} is no single graph ({reason}) and is "
-            "compiled in pieces, which is slower than one graph. Leave compiled out if it is slower than that.",
-            stacklevel=2,
-        )
-        self._step, self._is_whole = torch.compile(_silent_round), False
+        self._warn(roles, reason, "is compiled in pieces, which is slower than one graph.")
+        self._step, self._is_whole = torch.compile(_silent_round, backend=self._backend), False
+
+    def _warn(self, roles: Roles, reason: str, what: str) -> None:
+        if not self._has_warned:
+            asked = f"compiled=True was asked for; a round of {type(roles.verifier.target).__name__} is no single graph"
+            warnings.warn(f"{asked} ({reason}) and {what}", stacklevel=4)
+        self._has_warned = True
+
+
+def _needs_hooks(roles: Roles) -> str:
+    """What of target or head is followed by hooks that live for one forward; empty: nothing."""
+    layers = [layer for cache in roles.caches if isinstance(cache, RaggedCache) for layer in cache.layers]
+    if any(isinstance(layer, HookedLayer) for layer in layers):
+        return "recurrent layers"
+    if any(type(module).__name__ in LEARNED for module in roles.verifier.target.modules()):
+        return "learned distances"
+    return "indexers" if isinstance(roles.proposer, MTPProposer) and roles.proposer.head.indexers else ""
 
 
 MOST_GRAPHS = 64
@@ -64,9 +86,7 @@ class _Silence(Clock):
 _SILENCE = _Silence()
 
 
-def _silent_round(
-    state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise
-) -> tuple[DecodeState, Verdict]:
+def _silent_round(state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise) -> tuple[DecodeState, Verdict]:
     return decode_round(state, roles, num_speculative_tokens, noise, _SILENCE)
 
 

@@ -20,10 +20,11 @@ from transformers.utils.logging import tqdm
 from .acceptance import Acceptance, acceptance_named
 from .assistant import Assistant, AssistantProposer, assistant_for
 from .cache import CacheLayout, KVCacheManager, RaggedCache
+from .compiled import CompiledRound
 from .errors import GenerationError
 from .head import MTPHead
 from .loading import head_for, load_target, save_together
-from .loop import Roles, Round, decode
+from .loop import Roles, Round, Step, decode, decode_round
 from .metrics import Metrics
 from .proposer import Call, DraftSampling, MixedProposer, MTPProposer, NGramProposer, NoDraft, Proposer
 from .rehearsal import rehearse
@@ -105,7 +106,7 @@ NO_TOKEN = -1
 
 HOW_TO_BUILD = (
     *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
-    *("draft_vocabulary", "lookup"),
+    *("draft_vocabulary", "lookup", "compiled"),
 )
 """The keywords of `MTPDecoder.from_model`."""
 
@@ -125,6 +126,7 @@ class MTPDecoder:
         layout = self._layout()  # a layer or an attention that is not ours is an error now, not at the first call
         if has_own_code(target):
             rehearse(target, layout)
+        self.step: Step = decode_round
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
         self.metrics: Metrics | None = None
@@ -144,6 +146,7 @@ class MTPDecoder:
         cache: CacheFactory = RaggedCache,
         draft_vocabulary: DraftVocabulary | Tensor | Sequence[int] | int | None = None,
         lookup: NGramProposer | None = None,
+        compiled: bool = False,
     ) -> MTPDecoder:
         """Find the target's family, read the head's weights once, build the roles.
 
@@ -157,6 +160,7 @@ class MTPDecoder:
         cache                   RaggedCache, CropCache, or a factory of one's own
         draft_vocabulary        the only ids that a head drafts: a `DraftVocabulary`, a list, or how many from the first on
         lookup                  where the text repeats itself this drafts instead of the head: NGramProposer(4, min_ngram=3)
+        compiled                rounds as compiled graphs: see `warmup`, which makes them ahead
 
         Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
         """
@@ -173,7 +177,10 @@ class MTPDecoder:
         suits = _suits(proposer)
         schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens, suits)
         options = Options(schedule, draft_sampling, acceptance).replaced({})
-        return cls(target, proposer, options, cache)
+        decoder = cls(target, proposer, options, cache)
+        if compiled:
+            decoder.step = CompiledRound()
+        return decoder
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | os.PathLike[str], **kwargs: Any) -> MTPDecoder:
@@ -341,7 +348,7 @@ class MTPDecoder:
         self.verifier, self.cache, self.metrics = roles.verifier, roles.verifier.cache, Metrics(request.prompt.lengths.shape[0])
         chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK
         width = self.head.width if self.head else text_config(self.target).hidden_size
-        rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width)
+        rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width, self.step)
         training = training_modules(self.target, *(part for part in (self.head, self.assistant) if part))
         while True:
             with torch.no_grad(), evaluating(training):
@@ -353,7 +360,7 @@ class MTPDecoder:
     def _roles(self, request: Request, options: Options) -> Roles:
         """Everything that lives as long as one call."""
         sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
-        layout = self._layout(prompt_lengths=request.prompt.lengths)
+        layout = self._layout(prompt_lengths=request.prompt.lengths.clone())  # a tensor of its own, for compiled rounds
         caches = [self._new_cache(request, layout, text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()

@@ -7,20 +7,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PARTS = ("prefill", "propose", "score", "accept", "round", "host")
+
 
 class Metrics:
     """Counts of one call of `generate`.
 
     history      per row, the tokens appended by each round: [[3, 1, 4], [2, 2, 2, 1]]; a finished row appends nothing
     drafted      the draft length K of each round
-    seconds      wall-clock seconds by part: "prefill", "propose", "score", "accept", "host". On a GPU these are launch times:
+    seconds      wall-clock seconds by part: "prefill", "propose", "score", "accept", "host", and "round": all of a compiled
+                 round but the host's. On a GPU these are launch times:
                  nothing is synchronised to take them
     """
 
     def __init__(self, num_rows: int) -> None:
         self.history: list[list[int]] = [[] for _ in range(num_rows)]
         self.drafted: list[int] = []
-        self.seconds: dict[str, float] = dict.fromkeys(("prefill", "propose", "score", "accept", "host"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._rounds: list[tuple[int, int, int]] = []  # (row, K, tokens appended), finished rows left out
 
     def update(self, counts: list[int], num_drafted: int, truncated: list[bool]) -> None:

@@ -55,7 +55,7 @@ def draft_ids(asked: DraftVocabulary | Tensor | Sequence[int] | int, vocab_size:
     if isinstance(asked, int):
         asked = range(min(asked, vocab_size))
     ids = torch.as_tensor(asked if isinstance(asked, Tensor) else list(asked)).long().cpu()
-    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids):
+    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(set(ids.tolist())) < len(ids):
         raise GenerationError(
             f"draft_vocabulary= was given {tuple(ids.shape)} ids; they must be a list of different ids in 0..{vocab_size - 1}. "
             "Pass DraftVocabulary.from_texts(texts, tokenizer), a list of ids, or how many ids to take from the first on."

@@ -241,7 +241,7 @@ def test_r17_every_call_says_what_was_accepted():
         assert out.metrics.num_tokens == sum(map(sum, out.metrics.history)) > 0
         assert out.metrics.tau >= 1.0
         assert len(out.metrics.acceptance_rate()) == max(out.metrics.drafted)
-        assert set(out.metrics.seconds) == {"prefill", "propose", "score", "accept", "host"}
+        assert set(out.metrics.seconds) == {"prefill", "propose", "score", "accept", "round", "host"}
 
 
 def test_a_factory_makes_the_cache():

@@ -1,0 +1,72 @@
+"""A compiled round does what `decode_round` does, in one graph for every batch size and K, however long the text grows."""
+
+import pytest
+import torch
+
+from mtpdecode import MTPDecoder
+from mtpdecode.compiled import CompiledRound
+from tests import tiny
+
+NAMES = ("llama", "sliding", "mimo", "deepseek_v3")
+LONG = 90
+"""Longer than a bucket of slots: the caches grow on the way."""
+
+
+def compiled(name, num_layers=1, backend="aot_eager", **options):
+    decoder = MTPDecoder.from_model(tiny.target(name), head=tiny.head(name, num_layers), **options)
+    decoder.step = CompiledRound(backend)
+    return decoder
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_whatever_the_lengths(name):
+    decoder, rows = compiled(name, num_speculative_tokens=2), tiny.prompts()
+    for length in (6, LONG, 20):
+        sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=length, do_sample=False)
+        tiny.assert_rows(sequences, 9, [tiny.plain(name, row, max_new_tokens=length) for row in rows], "compiled")
+        assert num_graphs() == 1, f"{num_graphs()} graphs after texts of {length} tokens"
+
+
+def test_a_graph_for_each_k_and_batch_size():
+    decoder, rows = compiled("llama", 2), tiny.prompts()
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for k, num_rows, expected in [(1, 3, 1), (2, 3, 2), (0, 3, 3), (2, 5, 4), (2, 3, 4), (1, 3, 4)]:
+        decoder.generate(**tiny.padded(rows[:num_rows]), **options, num_speculative_tokens=k)
+        assert num_graphs() == expected, f"K = {k}, {num_rows} rows"
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"top_k": 5, "top_p": 0.9}, {"acceptance": "block"}, {"acceptance": "coupled"}]
+)
+def test_sampled_text_is_that_of_plain_rounds(options):
+    batch, settings = tiny.padded(tiny.prompts()), {"max_new_tokens": 16, "do_sample": True, "seed": 5} | options
+    plain = tiny.decoder("llama", 2).generate(**batch, **settings)
+    assert torch.equal(compiled("llama", num_speculative_tokens=2).generate(**batch, **settings), plain)
+    assert num_graphs() == 1
+
+
+def test_auto_changes_k_between_graphs():
+    rows = tiny.prompts()
+    decoder = compiled("llama", num_speculative_tokens="auto")
+    sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=40, do_sample=False)
+    tiny.assert_rows(sequences, 9, [tiny.plain("llama", row, max_new_tokens=40) for row in rows], "auto, compiled")
+    assert len(set(decoder.metrics.drafted)) > 1
+    assert decoder.metrics.seconds["round"] > 0
+
+
+@pytest.mark.slow
+def test_inductor_says_the_same():
+    rows = tiny.prompts()
+    decoder = MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama"), num_speculative_tokens=2, compiled=True)
+    sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=LONG, do_sample=False)
+    tiny.assert_rows(sequences, 9, [tiny.plain("llama", row, max_new_tokens=LONG) for row in rows], "inductor")
