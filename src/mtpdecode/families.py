@@ -158,8 +158,8 @@ FAMILIES: tuple[MTPSpec, ...] = (
         beyond="cycle",
         examples=("thinkingmachines/Inkling",),
         verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM: the embedding as the base norms it (transformers strips that norm, and lets the head's scores grow with the "
-        "position as the base's do: spec.replace(block_config=(('mlp_layer_types', 'dense'),)))",
+        source="vLLM: the embedding as the base norms it (transformers strips that norm, and lets the head's scores grow with "
+        "the position as the base's do: spec.replace(block_config=(('mlp_layer_types', 'dense'),)))",
     ),
     MTPSpec(
         family="mellum",
@@ -190,7 +190,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         text_alone=(("width", 16), ("heads", 2), ("layers", 0), ("image_size", 28), ("patch_size", 14)),
         examples=("stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.7-Flash"),
         verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM: state before the final norm, an output layer a depth, step k takes layer k mod D; transformers takes the base's",
+        source="vLLM: state before the final norm, an output layer a depth, layer k mod D at step k; transformers takes the base's",
     ),
     MTPSpec(
         family="nemotron_h",
@@ -441,7 +441,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_layer_type="full_attention",
         angles="three_axes",
         examples=("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B"),
-        verified="greedy parity, with images too; head logits against a twin in plain torch; states after commits against transformers",
+        verified="greedy parity, with images; head logits against a twin in plain torch; committed states",
         source="vLLM and SGLang agree: the state behind the final norm, a gated full-attention block over a hybrid base",
     ),
     MTPSpec(
@@ -454,7 +454,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_layer_type="full_attention",
         angles="three_axes",
         examples=("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.6-35B-A3B"),
-        verified="greedy parity, with images too; head logits against a twin in plain torch; states after commits against transformers",
+        verified="greedy parity, with images; head logits against a twin in plain torch; committed states",
         source="as qwen3_5; experts are published stacked or one by one",
     ),
     MTPSpec(
