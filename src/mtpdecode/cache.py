@@ -241,8 +241,8 @@ class _RaggedLayer(CacheLayerMixin):
         return slots.scatter_(2, index, states)
 
     def _roomy(self, slots: Tensor | None) -> Tensor:
-        """With room for all visible slots: if at all, at least twice as many as before, so that all growth together copies each of
-        them about once."""
+        """With room for all visible slots: if at all, at least twice as many as before, so that all growth together copies
+        each of them about once."""
         assert slots is not None
         rows, heads, old, width = slots.shape
         if old >= self._slots.num_visible:
@@ -272,8 +272,8 @@ class _RaggedRecurrentLayer(_RaggedLayer, RecurrentLayer):  # type: ignore[misc]
 class _AlignedLayer(_RaggedLayer):
     """Lends every row so that its window ends where the cache does: for models that find their queries' places by its length.
 
-        slots  a b c d . .      lent  0 0 a b c d      What stands before a row is 0. So is what such a model stores beside a key
-               x y . . . .            0 0 0 0 x y      to say that there is one (GLM-5.3-Flash).
+    slots  a b c d . .      lent  0 0 a b c d      What stands before a row is 0. So is what such a model stores beside a key
+           x y . . . .            0 0 0 0 x y      to say that there is one (GLM-5.3-Flash).
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

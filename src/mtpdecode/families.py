@@ -190,7 +190,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         text_alone=(("width", 16), ("heads", 2), ("layers", 0), ("image_size", 28), ("patch_size", 14)),
         examples=("stepfun-ai/Step-3.5-Flash", "stepfun-ai/Step-3.7-Flash"),
         verified="greedy parity; head logits against a twin in plain torch",
-        source="vLLM: state before the final norm, an output layer a depth, layer k mod D at step k; transformers takes the base's",
+        source="vLLM: state before the final norm, an output layer a depth, layer k mod D at step k, unlike transformers",
     ),
     MTPSpec(
         family="nemotron_h",

@@ -136,8 +136,8 @@ def _refuse_stranger(source: str, raw: dict[str, Any]) -> None:
     found = {name for row in rows for name in row.strangers} & set(raw.get("architectures") or ())
     if found:
         raise UnsupportedModelError(
-            f"{source!r} was asked for; it is a {', '.join(sorted(found))}, which transformers {version} has no class for though it "
-            f"knows model_type={raw['model_type']!r}. mtpdecode decodes {', '.join(rows[0].examples)} and its like."
+            f"{source!r} was asked for; it is a {', '.join(sorted(found))}, which transformers {version} has no class for though "
+            f"it knows model_type={raw['model_type']!r}. mtpdecode decodes {', '.join(rows[0].examples)} and its like."
         )
 
 

@@ -62,7 +62,7 @@ class MTPSpec:
     """(config field with an entry a layer, the field that lists the same for the head's depths): where a config has the latter,
     it goes before what the block is built as."""
     depth_windows: str | None = None
-    """Config field that lists the sliding window of every depth, 0 where it has none; None: those that slide have the target's."""
+    """Config field that lists the sliding window of every depth, 0 where it has none; None: those that slide have the base's."""
     block_attributes: tuple[tuple[str, Any], ...] = ()
     """(attribute inside the block, value): what no config field says."""
     block_config: tuple[tuple[str, Any], ...] = ()
@@ -96,7 +96,7 @@ class MTPSpec:
     used_layers: int | None = None
     """How many of the head's layers draft, from the first on; None: all of them."""
     beyond: Literal["last", "cycle"] = "last"
-    """What drafts past the last depth: the last one again, row by row; or the chain from the first one on, step k being k mod D."""
+    """What drafts past the last depth: the last one again, row by row; or the chain anew from the first, step k being k mod D."""
     index_choice: Literal["each_step", "first_step", "config"] = "each_step"
     """When the indexer of a sparse block chooses keys: at each draft step; or at the first, and the later ones keep to its choice
     (what a query may see then ends at the text); or as `index_share_for_mtp_iteration` in the config says."""
@@ -148,7 +148,7 @@ class MTPSpec:
         return self._at(theirs.get(part, "") if part == "block" or scattered else theirs[part])
 
     def _at(self, name: str) -> str:
-        """A name under the prefix; what it begins with "../" for lies one part higher: model.layers.{n}. and ../../a -> model.a"""
+        """A name under the prefix; one that begins with "../" lies a part higher: model.layers.{n}. and ../../a -> model.a"""
         prefix = self.prefix
         while name.startswith("../"):
             prefix, name = prefix.rstrip(".").rpartition(".")[0] + ".", name.removeprefix("../")

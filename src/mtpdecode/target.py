@@ -205,7 +205,8 @@ def _recurrent_plan(name: str, layer: LinearAttentionCacheLayerMixin, block: nn.
         found = ", ".join(sorted({type(child).__name__ for child in block.children()}))
         raise UnsupportedModelError(
             f"{class_name} was to be decoded speculatively; its {name} layers are recurrent and made of {found}, none of which "
-            f"is known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. Call model.generate() without mtpdecode."
+            f"is known to be exact; these are: {', '.join(kind.mixer for kind in KINDS)}. "
+            "Call model.generate() without mtpdecode."
         )
     mixer = next((module for module, kind in known if kind.inputs), None)
     blanks = {number: getattr(module, name) for module, kind in known for number, name in kind.blanks}

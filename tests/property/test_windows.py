@@ -43,7 +43,7 @@ def manager_of(model, num_rows):
 
 @torch.no_grad()
 def largest_error(model, rounds):
-    """Feed windows that begin with what each row keeps of its text and go on wildly -> how far off the kept tokens' logits are."""
+    """Feed windows that begin with what each row keeps of its text and go on wildly -> how far off the kept ones' logits are."""
     texts = torch.randint(3, VOCAB, (3, 64), generator=torch.Generator().manual_seed(1))
     wanted, manager, worst = model(texts, use_cache=False).logits, manager_of(model, len(texts)), 0.0
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import mtpdecode
 
 FLOORS = (
     "errors spec distances state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
-    "sampling stopping families checkpoint target blocks indexer schedule vocabulary",  # 1  arithmetic and tables that raise our errors
+    "sampling stopping families checkpoint target blocks indexer schedule vocabulary",  # 1  what raises our errors
     "acceptance cache head request",  # 2  the parts
     "proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop
