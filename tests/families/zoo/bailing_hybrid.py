@@ -108,7 +108,7 @@ def case(name, **changes):
         drafts,
         crop=False,
         skip=skip,
-        num_rows=80,
+        num_rows=200,
     )
 
 

@@ -131,7 +131,7 @@ def drafts(model, tensors, text, num_steps):
 
 def case(name, **changes):
     return Case(
-        "glm5_next", f"glm5_next-{name}", lambda: build(**changes), LAYOUT.published, drafts, config, crop=False, num_rows=80
+        "glm5_next", f"glm5_next-{name}", lambda: build(**changes), LAYOUT.published, drafts, config, crop=False, num_rows=200
     )
 
 
