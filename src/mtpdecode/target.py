@@ -61,7 +61,7 @@ MULTIMODAL = ("gemma4", "gemma4_unified")
 AXES = ("glm_ocr", "qwen3_5", "qwen3_5_moe")
 """Model types whose images change embeddings, and positions: each token has one in time, in height and in width."""
 
-MERGED = ("exaone4_5", *AXES)
+MERGED = ("exaone4_5", "glm5_next", "minimax_m3_vl", *AXES)
 """Model types whose images change embeddings and no mask: they are made once, and the prompt decodes like one of embeddings."""
 
 MASKS = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}

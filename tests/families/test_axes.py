@@ -1,4 +1,4 @@
-"""Images whose tokens stand in rows and columns: their positions, and those of the text behind them, are the target's own.
+"""Images of many shapes, for target and head: embeddings in the place of tokens, at positions of their own if models have them.
 
 GLM-OCR and Qwen3.5 give a token of an image a position in time, one in height and one in width. Text goes on behind the largest
 of them, so that a token's position is no longer the slot that it lies in: neither for the target nor for the head.
@@ -12,28 +12,42 @@ import torch
 from mtpdecode import CropCache, MTPDecoder
 from mtpdecode.families import FAMILIES
 from tests import tiny
-from tests.families.zoo import glm_ocr, qwen3_5, qwen3_5_moe
+from tests.families.zoo import glm5_next, glm_ocr, minimax_m3_vl, qwen3_5, qwen3_5_moe
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
 BUILDS = {"glm_ocr": glm_ocr.build, "qwen3_5": qwen3_5.wrapped, "qwen3_5_moe": qwen3_5_moe.wrapped}
+PLAIN = {"glm5_next": glm5_next.build, "minimax_m3_vl": minimax_m3_vl.build}
+"""Models in which a token of an image is one more token, as far as positions go."""
+
 GRIDS = [(1, 4, 4), (1, 4, 8), (1, 8, 4), (1, 12, 4)]
 """Patches of four images; a token stands for two by two of them."""
 HELD = [(0,), (), (1, 2), (3,)]
 """Which of them each row holds: one, none, two, one at the very end."""
 
-EACH = pytest.mark.parametrize("family", BUILDS)
+EACH = pytest.mark.parametrize("family", [*BUILDS, *PLAIN])
 
 
 @cache
 def decoder(family):
-    model = BUILDS[family]()
+    model = (BUILDS | PLAIN)[family]()
     head = tiny.build_head(model, next(row for row in FAMILIES if row.family == family))
     return MTPDecoder.from_model(model, head=head, num_speculative_tokens=3)
 
 
+def image_token(family):
+    config = decoder(family).target.config.to_dict()
+    return config.get("image_token_id") or config["image_token_index"]
+
+
+def video_token(family):
+    """GLM-OCR's processor writes the frames of a video as images between two tokens."""
+    config = decoder(family).target.config
+    return config.image_token_id if family == "glm_ocr" else config.video_token_id
+
+
 @cache
 def rows(family):
-    token = decoder(family).target.config.image_token_id
+    token = image_token(family)
     one, wide, high, last = ([token] * (height * width // 4) for _, height, width in GRIDS)
     return [[5, *one, 8, 9], [7, 11, 12, 9, 14, 21, 17, 30], [6, *wide, 14, 15, *high, 10], [13, 9, *last]]
 
@@ -41,7 +55,7 @@ def rows(family):
 @cache
 def pictures(family):
     vision = decoder(family).target.config.vision_config
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    size = 3 * vision.temporal_patch_size * vision.patch_size**2
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(height * width, size, generator=generator) for _, height, width in GRIDS]
 
@@ -51,9 +65,9 @@ def given(family, numbers, ids):
     mine = [number for row in numbers for number in HELD[row]]
     if not mine:
         return {}
-    types = (ids == decoder(family).target.config.image_token_id).int()
+    types = {"mm_token_type_ids": (ids == image_token(family)).int()} if family in BUILDS else {}
     patches = torch.cat([pictures(family)[number] for number in mine])
-    return {"pixel_values": patches, "image_grid_thw": torch.tensor([GRIDS[n] for n in mine]), "mm_token_type_ids": types}
+    return types | {"pixel_values": patches, "image_grid_thw": torch.tensor([GRIDS[number] for number in mine])}
 
 
 def alone(family, row):
@@ -90,7 +104,7 @@ def test_alone_on_either_cache_and_through_the_seam(family, row):
         assert cropped.generate(**inputs, **GREEDY).tolist() == [whole]
 
 
-@EACH
+@pytest.mark.parametrize("family", BUILDS)
 def test_positions_matter(family):
     """An image that is told as wide instead of high is another image: the tests would see a slot taken for a position."""
     for row in (2, 3):
@@ -102,7 +116,23 @@ def test_positions_matter(family):
     pytest.fail("no text changes with the shape of its images")
 
 
-@EACH
+@pytest.mark.parametrize("family", BUILDS)
+def test_a_video(family):
+    """Two frames with a token between them, as processors write the time there, and a row of text."""
+    config = decoder(family).target.config
+    start, token, end = config.to_dict().get("video_start_token_id", 5), video_token(family), 6
+    frame = [token] * 4
+    batch = tiny.padded([[start, *frame, 8, *frame, end, 9], [7, 11, 12]])
+    ids, patches = batch["input_ids"], torch.cat([pictures(family)[0], pictures(family)[0].flip(0)])
+    types = torch.where(ids == token, 2, 0).int()
+    inputs = batch | {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([[2, 4, 4]]), "mm_token_type_ids": types}
+    plain = decoder(family).target.generate(**inputs, **GREEDY)
+    assert torch.equal(decoder(family).generate(**inputs, **GREEDY), plain)
+    other = inputs | {"pixel_values_videos": 1 - patches}
+    assert not torch.equal(decoder(family).generate(**other, **GREEDY), plain), "the video changes nothing"
+
+
+@pytest.mark.parametrize("family", BUILDS)
 def test_several_texts_from_one_image(family):
     if "_expand_multimodal_outputs" not in dir(decoder(family).target):
         pytest.skip("transformers 5.17 counts images by tokens before them, which these prompts do not have")
