@@ -234,7 +234,7 @@ FAMILIES: tuple[MTPSpec, ...] = (
         block_config=(("indexer_types", "full"),),
         block="plain_layer",
         examples=("zai-org/GLM-5.3-Flash",),
-        verified="greedy parity, with images; head logits against a twin in plain torch; states after ragged commits against transformers",
+        verified="greedy parity, with images; head logits against a plain-torch twin; states after commits against transformers",
         source="vLLM, whose indexer chooses at the first draft step where the config has index_share_for_mtp_iteration; ours at "
         "each. It zeroes the first embedding: spec.replace(zero_first_embedding=True)",
     ),
