@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .cache import CacheLayout, KVCacheManager
 from .checkpoint import Checkpoint, fitted
 from .errors import HeadWeightsError, UnsupportedModelError
-from .families import spec_for
+from .families import FAMILIES, spec_for
 from .proposer import Call, Proposer, drawn, joined, last_real
 from .spec import MTPSpec
 from .state import DecodeState, Draft, Noise
@@ -211,6 +211,12 @@ def assistant_for(target: PreTrainedModel, source: Assistant | PreTrainedModel |
             f"such as {spec.examples[0]!r}. For another draft model, call model.generate(assistant_model=...) without mtpdecode."
         )
     return _built(target, spec, origin)
+
+
+def is_assistant(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder or repository holds an assistant of some family. Raises CheckpointError where it holds nothing."""
+    model_type = Checkpoint(source).config.get("model_type")
+    return any(model_type in row.assistants for row in FAMILIES)
 
 
 def _built(target: PreTrainedModel, spec: MTPSpec, origin: Origin) -> Assistant:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from .assistant import is_assistant
 from .decoder import MTPDecoder, MTPOutput
 from .errors import GenerationError
+from .proposer import NoDraft
 
 CLUSTER = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 NEVER = -1
@@ -94,7 +96,8 @@ class LLM:
     """`LLM(model=..., speculative_config={"method": "mtp", "num_speculative_tokens": 1}).generate(prompts, SamplingParams(...))`.
 
     model                a folder or repository with a native MTP head and a tokenizer
-    speculative_config   method "mtp"; num_speculative_tokens, by default what suits the head. None: plain decoding
+    speculative_config   method "mtp"; num_speculative_tokens, by default what suits the head; model, where the head is not in the
+                         target's own checkpoint, as Gemma 4's assistants. None: plain decoding
     dtype                as in transformers' from_pretrained: "auto" is the checkpoint's own
 
     What vLLM does for a cluster is vLLM's: its sizes must be 1. Raises GenerationError for options that are not honoured.
@@ -112,7 +115,7 @@ class LLM:
     ) -> None:
         _check_single_process(others)
         remote: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-        self.decoder = MTPDecoder.from_pretrained(model, dtype=dtype, **remote, **_draft_length(speculative_config))
+        self.decoder = MTPDecoder.from_pretrained(model, dtype=dtype, **remote, **_drafting(speculative_config))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer or model, **remote)
 
     def generate(self, prompts: str | Sequence[str], sampling_params: SamplingParams | None = None) -> list[RequestOutput]:
@@ -152,17 +155,18 @@ def _check_single_process(others: dict[str, Any]) -> None:
             raise GenerationError(f"LLM({name}={value}) was asked for; one process decodes here. Use vllm.LLM for a cluster.")
 
 
-def _draft_length(config: dict[str, Any] | None) -> dict[str, Any]:
-    """vLLM's speculative_config -> our keyword."""
+def _drafting(config: dict[str, Any] | None) -> dict[str, Any]:
+    """vLLM's speculative_config -> our keywords. model: an assistant of Gemma's, or where else the head is."""
     if config is None:
-        return {"num_speculative_tokens": 0}
-    unknown = sorted(set(config) - {"method", "num_speculative_tokens"})
+        return {"num_speculative_tokens": 0, "proposer": NoDraft()}
+    unknown = sorted(set(config) - {"method", "num_speculative_tokens", "model"})
     if config.get("method", "mtp") != "mtp" or unknown:
         raise GenerationError(
-            f"speculative_config={config} was asked for; only method 'mtp' and num_speculative_tokens are known here. "
+            f"speculative_config={config} was asked for; only method 'mtp', model and num_speculative_tokens are known here. "
             'Type {"method": "mtp", "num_speculative_tokens": 1}.'
         )
-    return {name: value for name, value in config.items() if name == "num_speculative_tokens"}
+    said = {name: value for name, value in config.items() if name == "num_speculative_tokens"}
+    return said | ({"assistant" if is_assistant(config["model"]) else "head": config["model"]} if "model" in config else {})
 
 
 def _left_padded(rows: list[list[int]], device: torch.device) -> dict[str, Tensor]:
