@@ -61,6 +61,9 @@ MULTIMODAL = ("gemma4", "gemma4_unified")
 AXES = ("glm_ocr", "qwen3_5", "qwen3_5_moe")
 """Model types whose images change embeddings, and positions: each token has one in time, in height and in width."""
 
+MOVING = ("gemma4", *AXES)
+"""Model types that were seen to read videos exactly too, and sounds where they hear; the others are shown for images alone."""
+
 MERGED = ("exaone4_5", "glm5_next", "minimax_m3_vl", *AXES)
 """Model types whose images change embeddings and no mask: they are made once, and the prompt decodes like one of embeddings."""
 
@@ -258,12 +261,15 @@ def _check_causal(config: PreTrainedConfig, class_name: str) -> None:
 
 def prompt_keywords(model: PreTrainedModel) -> set[str]:
     """What a prompt may hold for the model besides tokens: keywords of its forward that are known to be read exactly."""
-    known = {"per_layer_inputs"} if model.config.model_type in SHARING else set()
-    if model.config.model_type in MULTIMODAL:
-        known |= {"pixel_values", "image_position_ids", "pixel_values_videos", "video_position_ids", "num_frames_per_video"}
-        known |= {"input_features", "input_features_mask", "mm_token_type_ids", "mm_encoder_outputs", "per_layer_inputs"}
-    if model.config.model_type in MERGED:
-        known |= {"pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "mm_encoder_outputs"}
+    model_type = model.config.model_type
+    known = {"per_layer_inputs"} if model_type in SHARING else set()
+    if model_type in (*MULTIMODAL, *MERGED):
+        known |= {"pixel_values", "image_position_ids", "image_grid_thw", "mm_encoder_outputs"}
+    if model_type in MOVING:
+        known |= {"pixel_values_videos", "video_position_ids", "num_frames_per_video", "video_grid_thw"}
+        known |= {"input_features", "input_features_mask"}
+    if model_type in MULTIMODAL:
+        known |= {"mm_token_type_ids", "per_layer_inputs"}
     if has_axes(model):
         known |= {"mm_token_type_ids"}
     return known & forward_keywords(model)
