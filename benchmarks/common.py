@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
@@ -112,14 +112,25 @@ def counted_forwards(model: PreTrainedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def timed(model: PreTrainedModel, generate: Callable[..., Any], prompt: Prompt, **options: Any) -> Run:
-    """One prompt through any `generate`: every contender's tokens, seconds and forwards are taken here and nowhere else."""
+def timed(
+    model: PreTrainedModel,
+    generate: Callable[..., Any],
+    prompt: Prompt,
+    decoder: mtpdecode.MTPDecoder | None = None,
+    **options: Any,
+) -> Run:
+    """One prompt through any `generate`: every contender's tokens, seconds and forwards are taken here and nowhere else.
+
+    decoder  what to ask for the number of forwards; without one they are counted by a hook, which a graph would not see
+    """
     inputs = left_padded([prompt], 0)
-    with counted_forwards(model) as forwards:
+    with ExitStack() as stack:
+        forwards = [] if decoder else stack.enter_context(counted_forwards(model))
         start = time.perf_counter()
         output = generate(**inputs, **options)
         seconds = time.perf_counter() - start
-    return Run(new_tokens(output[0], len(prompt.ids), eos_ids(model)), seconds, len(forwards))
+    num_forwards = 1 + decoder.metrics.num_rounds if decoder else len(forwards)
+    return Run(new_tokens(output[0], len(prompt.ids), eos_ids(model)), seconds, num_forwards)
 
 
 # ── reporting ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

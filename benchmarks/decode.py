@@ -32,10 +32,11 @@ WARM_UP_TOKENS = 8
 
 
 class Contender(NamedTuple):
-    """A way of decoding. generate: takes what `model.generate` takes."""
+    """A way of decoding. generate: takes what `model.generate` takes. decoder: ours, if it is one of ours."""
 
     name: str
     generate: Callable[..., Any]
+    decoder: mtpdecode.MTPDecoder | None = None
 
 
 class Row(NamedTuple):
@@ -67,15 +68,27 @@ def prepare_for_use_mtp(target: PreTrainedModel) -> None:
     target._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first}\..*"]
 
 
-def contenders(decoder: mtpdecode.MTPDecoder, drafted: Sequence[int]) -> list[Contender]:
+def contenders(decoder: mtpdecode.MTPDecoder, drafted: Sequence[int], compiled: bool) -> list[Contender]:
     target: Any = decoder.target
-    ours = [Contender(f"mtpdecode K={k}", partial(decoder.generate, num_speculative_tokens=k)) for k in drafted]
+    made = partial(mtpdecode.MTPDecoder.from_model, target, head=decoder.head)
+    auto, both = made(num_speculative_tokens="auto"), made(lookup=mtpdecode.NGramProposer(4, min_ngram=3))
+    ours = [*_fixed("mtpdecode", decoder, drafted), *_own("mtpdecode auto", auto), *_own("mtpdecode lookup", both)]
+    if compiled:
+        ours += _fixed("mtpdecode compiled", made(compiled=True), drafted)
     return [
         Contender(PLAIN, target.generate),
         Contender(NATIVE, partial(target.generate, use_mtp=True)),
         Contender(LOOKUP, partial(target.generate, prompt_lookup_num_tokens=3)),
         *ours,
     ]
+
+
+def _own(name: str, decoder: mtpdecode.MTPDecoder, **options: Any) -> list[Contender]:
+    return [Contender(name, partial(decoder.generate, **options), decoder)]
+
+
+def _fixed(name: str, decoder: mtpdecode.MTPDecoder, drafted: Sequence[int]) -> list[Contender]:
+    return [each for k in drafted for each in _own(f"{name} K={k}", decoder, num_speculative_tokens=k)]
 
 
 def rotated(items: Sequence[Contender], turn: int) -> list[Contender]:
@@ -88,7 +101,7 @@ def measure_prompt(
 ) -> list[Row]:
     """Every contender once."""
     options = {"max_new_tokens": num_tokens, "do_sample": False}
-    runs = {e.name: common.timed(decoder.target, e.generate, prompt, **options) for e in rotated(entries, turn)}
+    runs = {e.name: common.timed(decoder.target, e.generate, prompt, e.decoder, **options) for e in rotated(entries, turn)}
     plain = runs[PLAIN]
     return [_row(e.name, prompt, repeat, runs[e.name], plain) for e in entries]
 
@@ -103,7 +116,10 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[Row]:
     """Every prompt, repeat and contender in one dtype."""
     with tempfile.TemporaryDirectory() as scratch:  # use_mtp reads the head from there in every call
         decoder, tokenizer = load(dtype, Path(scratch) / "checkpoint")
-        entries, chosen = contenders(decoder, args.num_speculative_tokens), common.prompts(tokenizer, args.num_per_kind)
+        entries, chosen = (
+            contenders(decoder, args.num_speculative_tokens, args.compiled),
+            common.prompts(tokenizer, args.num_per_kind),
+        )
         measure_prompt(decoder, entries, chosen[0], 0, 0, WARM_UP_TOKENS)
         rows: list[Row] = []
         for repeat in range(args.repeats):
@@ -144,6 +160,7 @@ def show(dtype: str, summaries: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = common.parser(__doc__, num_per_kind=4)
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="K")
+    parser.add_argument("--compiled", action="store_true", help="compiled rounds too: their graphs take minutes to make")
     parser.add_argument("--repeats", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=("bfloat16", "float32"))
     args = parser.parse_args()

@@ -65,6 +65,7 @@ def test_auto_changes_k_between_graphs():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler loads parts of its own that say so
 def test_inductor_says_the_same():
     rows = tiny.prompts()
     decoder = MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama"), num_speculative_tokens=2, compiled=True)

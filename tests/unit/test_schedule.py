@@ -163,8 +163,6 @@ def test_warmup_measures_every_length(capsys):
     for each in decoder.options.schedule.outlook():
         assert each.rounds >= 2, f"{each}"
         assert each.seconds > 0
-    decoder.generate(**tiny.padded(tiny.prompts(3)), max_new_tokens=12, do_sample=False)
-    assert decoder.metrics.drafted[0] > 0, "costs are known, so the first round drafts what pays"
     decoder.explain()
     said = capsys.readouterr().out
     assert "tokens/s" in said
