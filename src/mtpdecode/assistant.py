@@ -15,10 +15,11 @@ from .cache import CacheLayout, KVCacheManager
 from .checkpoint import Checkpoint, fitted
 from .errors import HeadWeightsError, UnsupportedModelError
 from .families import FAMILIES, spec_for
+from .layers import check_attention, layer_windows, num_own_layers
 from .proposer import Call, Proposer, drawn, joined, last_real
 from .spec import MTPSpec
 from .state import DecodeState, Draft, Noise
-from .target import check_attention, decoder_of, final_norm_of, layer_windows, num_own_layers, rotary_of, text_config
+from .target import decoder_of, final_norm_of, rotary_of, text_config
 
 COPIES = ("lm_head.weight",)
 """Tensors that repeat others of the same checkpoint."""

@@ -23,6 +23,7 @@ from .cache import CacheLayout, KVCacheManager, RaggedCache
 from .compiled import CompiledRound
 from .errors import GenerationError
 from .head import MTPHead
+from .layers import check_attention, layer_plans, layer_windows
 from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, Step, decode, decode_round
 from .metrics import Metrics
@@ -44,17 +45,7 @@ from .sampling import Sampler
 from .schedule import DraftSchedule, ExpectedSpeedup, Trial, schedule_for
 from .spec import MTPSpec
 from .state import Noise, Purpose
-from .target import (
-    check_attention,
-    check_own_code,
-    decoder_of,
-    evaluating,
-    has_own_code,
-    layer_plans,
-    layer_windows,
-    text_config,
-    training_modules,
-)
+from .target import check_own_code, decoder_of, evaluating, has_own_code, text_config, training_modules
 from .verifier import Verifier
 from .vocabulary import DraftVocabulary, draft_ids
 

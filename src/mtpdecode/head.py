@@ -16,20 +16,11 @@ from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, ro
 from .distances import told
 from .errors import UnsupportedModelError
 from .indexer import shared_indexers
+from .layers import MASKS
 from .recurrent import kind_of
 from .spec import MTPSpec
 from .state import Window
-from .target import (
-    MASKS,
-    decoder_of,
-    embedding_norm_of,
-    example_norm_of,
-    final_norm_of,
-    lm_head_of,
-    mixer_of,
-    rotary_of,
-    text_config,
-)
+from .target import decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
 
 TYPE_NAMES = {"deepseek_sparse_attention": "indexed_attention"}
 """What transformers 5.17 calls layers that rows of the table name as later versions do."""

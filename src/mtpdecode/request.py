@@ -14,9 +14,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import GenerationError
-from .state import Prompt, Text
-from .stopping import Stopping
-from .target import (
+from .media import (
     embedded,
     forward_keywords,
     has_axes,
@@ -26,8 +24,10 @@ from .target import (
     per_layer_inputs,
     placeholders,
     prompt_keywords,
-    text_config,
 )
+from .state import Prompt, Text
+from .stopping import Stopping
+from .target import text_config
 
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 PER_TOKEN = ("input_ids", "inputs_embeds", "mm_token_type_ids", "per_layer_inputs")

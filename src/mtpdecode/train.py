@@ -10,8 +10,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from .cache import CacheLayout
 from .errors import GenerationError
 from .head import MTPHead
+from .layers import check_attention, layer_plans, layer_windows
 from .state import Window
-from .target import check_attention, decoder_of, forward, layer_plans, layer_windows, lm_head_of, text_config
+from .target import decoder_of, forward, lm_head_of, text_config
 
 
 def mtp_loss(head: MTPHead, target: PreTrainedModel, input_ids: Tensor, num_steps: int = 1, decay: float = 0.6) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import KVCacheManager
+from .media import embedded, with_images
 from .sampling import Sampler
 from .state import DecodeState, Draft, Prompt
-from .target import Hidden, Tap, embedded, forward, text_config, with_images
+from .target import Hidden, Tap, forward, text_config
 
 
 class Verifier:

@@ -15,8 +15,8 @@ from mtpdecode import CropCache, MTPDecoder, MTPHead, RaggedCache, UnsupportedMo
 from mtpdecode import cache as cache_module
 from mtpdecode.cache import CacheLayout
 from mtpdecode.indexer import chosen, narrowed, recorded
+from mtpdecode.layers import layer_windows
 from mtpdecode.state import Window
-from mtpdecode.target import layer_windows
 from tests import tiny
 from tests.families.zoo import deepseek_v32, glm_moe_dsa, minimax_m3_vl
 

@@ -11,7 +11,7 @@ import torch
 
 from mtpdecode import CropCache, MTPDecoder
 from mtpdecode.families import FAMILIES
-from mtpdecode.target import layer_windows
+from mtpdecode.layers import layer_windows
 from tests import tiny
 from tests.families.layouts import deepseek_layout, twin_of
 from tests.families.zoo import Case, cases

@@ -8,8 +8,9 @@ from transformers import DynamicCache
 
 from mtpdecode import CropCache, MTPDecoder, RaggedCache
 from mtpdecode.cache import CacheLayout
+from mtpdecode.layers import layer_windows
 from mtpdecode.state import Window
-from mtpdecode.target import forward, layer_windows
+from mtpdecode.target import forward
 from tests.tiny import VOCAB, build, build_head, padded, prompts, row_of
 
 SETTINGS = settings(max_examples=20, deadline=None, derandomize=True, database=None)

@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from mtpdecode import CacheError, CropCache, RaggedCache, UnsupportedModelError
 from mtpdecode import recurrent as module
 from mtpdecode.cache import CacheLayout
+from mtpdecode.layers import layer_plans, layer_windows
 from mtpdecode.recurrent import LayerPlan, RecurrentLayer
-from mtpdecode.target import decoder_of, forward, layer_plans, layer_windows
+from mtpdecode.target import decoder_of, forward
 from tests.families.zoo import bailing_hybrid, glm5_next, nemotron_h, qwen3_5, qwen3_5_moe, qwen3_next, qwen4_exp
 from tests.tiny import VOCAB
 
@@ -235,7 +236,7 @@ def test_a_model_that_writes_into_its_loan():
 
 
 def test_a_mixer_nobody_has_shown_to_be_exact_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr("mtpdecode.target.kind_of", lambda _: None)
+    monkeypatch.setattr("mtpdecode.layers.kind_of", lambda _: None)
     with pytest.raises(UnsupportedModelError, match=r"linear_attention layers .* Qwen3_5GatedDeltaNet.*known to be exact"):
         manager_of(model_of("qwen3_5"))
 

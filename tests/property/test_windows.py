@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mtpdecode import RaggedCache
 from mtpdecode.cache import CacheLayout, _CompressedLayer
-from mtpdecode.target import check_attention, decoder_of, forward, layer_plans, layer_windows, text_config
+from mtpdecode.layers import check_attention, layer_plans, layer_windows
+from mtpdecode.target import decoder_of, forward, text_config
 from tests.families.zoo import deepseek_v4, qwen4_exp
 from tests.tiny import VOCAB
 

@@ -9,9 +9,9 @@ import mtpdecode
 
 FLOORS = (
     "errors spec distances state metrics parity recurrent",  # 0  ground: data, tables, arithmetic on their own
-    "sampling stopping families checkpoint target blocks indexer schedule vocabulary",  # 1  what raises our errors
-    "acceptance cache head request",  # 2  the parts
-    "proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
+    "sampling stopping families checkpoint target layers blocks indexer schedule vocabulary",  # 1  what raises our errors
+    "acceptance cache head media",  # 2  the parts
+    "request proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop
     "compiled",  # 5  the loop's rounds as graphs
     "decoder train",  # 6  what people type
