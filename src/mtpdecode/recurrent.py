@@ -296,11 +296,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         """The state behind the first counts[b] tokens of the window, which began with `state` and ended in `end`."""
         kind, whole = self._kind, counts == self._num_tokens
         assert kind is not None
-        if self._num_tokens == 1 or bool(whole.all()):  # a read by the host, which reads the counts anyway
+        if self._num_tokens == 1:
             return torch.where(_wide(whole, state), end, state)
-        assert not self._is_inside, "a window that ends inside the prompt is kept whole"
-        if kind.terms is not None and self._num_tokens <= FEW:
+        if kind.terms is not None and self._num_tokens <= FEW:  # without asking the host what was kept
             return kind.terms(self._mixer, self._recorded, self._convolved()).applied(state.float(), counts).to(state.dtype)
+        if bool(whole.all()):
+            return end
+        assert not self._is_inside, "a window that ends inside the prompt is kept whole"
         state = torch.where(_wide(whole, state), end, state)
         for length in sorted(set(counts.tolist()) - {0, self._num_tokens}):
             rows = (counts == length).nonzero()[:, 0]

@@ -216,10 +216,11 @@ def test_a_model_that_writes_into_its_loan():
     """Single tokens reach some mixers' states in place: the committed state stays, until the token is committed."""
     mixer = qwen3_5.build().model.layers[0].linear_attn
     layer = RecurrentLayer(LayerPlan("linear", keys=False, num_states=1, mixer=mixer))
-    layer.open(2)
-    layer.update_conv_state(torch.tensor([[[1.0, 2.0]]]), conv_kernel_size=2)
-    layer.update_recurrent_state(torch.tensor([[3.0]]))
-    layer.commit(torch.tensor([2]))
+    for value, state in ((1.0, 2.0), (2.0, 3.0)):
+        layer.open(1)
+        layer.update_conv_state(torch.tensor([[[value]]]), conv_kernel_size=2)
+        layer.update_recurrent_state(torch.tensor([[state]]))
+        layer.commit(torch.tensor([1]))
     for counts, state, context in ((0, 3.0, [1.0, 2.0]), (1, 4.0, [2.0, 5.0])):
         layer.open(1)
         assert layer.recurrent_states[0].tolist() == [[3.0]]
