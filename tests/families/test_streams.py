@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from mtpdecode import HeadWeightsError, MTPDecoder, MTPHead, UnsupportedModelError
@@ -63,6 +64,8 @@ def test_what_the_target_keeps_in_float32_is_so_in_the_head(family, tmp_path):
     assert set(ours.values()) == {torch.bfloat16, torch.float32}
     if family is deepseek_v4:
         assert {tensor.dtype for tensor in layer.mixer.parameters()} == {torch.float32}
+    if family is deepseek_v4 and transformers.__version__.startswith("5.17."):
+        pytest.skip("the DeepSeek-V4 of transformers 5.17 does not run in bfloat16, with model.generate neither")
     row = tiny.prompts()[0]
     assert decoder.generate(tiny.one(row), max_new_tokens=8, do_sample=False).shape == (1, len(row) + 8)
 
