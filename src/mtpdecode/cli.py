@@ -234,7 +234,7 @@ def _bar(position: int, rate: float) -> str:
 
 def _round_time(metrics: Metrics) -> str:
     """Where the time of a round went; the prompt is apart, because there is one a text."""
-    parts = {name: seconds for name, seconds in metrics.seconds.items() if name != "prefill"}
+    parts = {name: seconds for name, seconds in metrics.seconds.items() if name != "prefill" and seconds}
     total = sum(parts.values())
     shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())
     return f"{1000 * total / metrics.num_rounds:.1f} ms: {shares}"
