@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -13,6 +15,7 @@ from .loop import Clock, Roles, decode_round
 from .proposer import MTPProposer
 from .recurrent import HookedLayer
 from .state import DecodeState, Noise, Verdict
+from .verifier import Verifier
 
 
 class CompiledRound:
@@ -29,12 +32,16 @@ class CompiledRound:
         self._backend = backend
         self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
         self._is_whole, self._has_warned = True, False
+        self._verifier: Callable[[], Verifier | None] = lambda: None
+        self._hooked = ""
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
     ) -> tuple[DecodeState, Verdict]:
-        if reason := _needs_hooks(roles):
-            self._warn(roles, f"its {reason} are followed by hooks, which no graph holds", "runs as without compiled=True.")
+        if self._verifier() is not roles.verifier:  # a new call; a walk through the model is too long for every round
+            self._verifier, self._hooked = ref(roles.verifier), _needs_hooks(roles)
+        if self._hooked:
+            self._warn(roles, f"its {self._hooked} are followed by hooks, which no graph holds", "runs as without compiled=True.")
             return decode_round(state, roles, num_speculative_tokens, noise, clock)
         _leave_open(state, roles)
         try:

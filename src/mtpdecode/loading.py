@@ -37,6 +37,7 @@ from .families import FAMILIES, known_model_types, spec_for
 from .head import MTPHead
 from .spec import MTPSpec
 from .target import decoder_of, text_config
+from .vocabulary import is_list_of_ids
 
 OTHER_DRAFTERS = ("EAGLE", "DFlash", "DSpark", "Medusa")
 """Drafters that engines know besides native heads, by a word that stands in their configs."""
@@ -175,7 +176,7 @@ def _read(target: PreTrainedModel, checkpoint: Checkpoint, spec: MTPSpec) -> MTP
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int, source: str) -> None:
-    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(set(ids.tolist())) < len(ids):
+    if not is_list_of_ids(ids, vocab_size):
         raise HeadWeightsError(
             f"The MTP head of {source!r} was asked for; its {DRAFT_VOCABULARY} is not a list of different token ids in "
             f"0..{vocab_size - 1}. Take the head that was made for this model."

@@ -13,12 +13,15 @@ from .acceptance import ACCEPTANCE, Acceptance, accept, accept_matches
 from .cache import KVCacheManager
 from .errors import GenerationError
 from .metrics import Metrics
-from .proposer import Proposer
+from .proposer import NoDraft, Proposer
 from .sampling import Sampler
 from .schedule import DraftSchedule, Seen
 from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Verdict
 from .stopping import Stopping
 from .verifier import Verifier
+
+NOBODY = NoDraft()
+"""Who drafts in rounds with K = 0."""
 
 
 class Roles(NamedTuple):
@@ -58,7 +61,8 @@ def decode_round(
     With K = 0 the head is not asked, and the state's fresh rows are those of this round alone: see `Rest`.
     """
     noise = noise.of_round(state.text.lengths)
-    draft = roles.proposer.propose(state, num_speculative_tokens, noise) if num_speculative_tokens else no_draft(state)
+    proposer = roles.proposer if num_speculative_tokens else NOBODY
+    draft = proposer.propose(state, num_speculative_tokens, noise)
     clock.lap("propose")
     scores, hidden = roles.verifier.score(state, draft)
     clock.lap("score")
@@ -74,11 +78,6 @@ def decode_round(
 
 
 Step = Callable[[DecodeState, Roles, int, Noise, "Clock"], tuple[DecodeState, Verdict]]
-
-
-def no_draft(state: DecodeState) -> Draft:
-    """K = 0: a round is one plain decoding step."""
-    return Draft(state.text.tokens[:, :0], None)
 
 
 class Rest:

@@ -45,6 +45,13 @@ class DraftVocabulary(NamedTuple):
         return cls(torch.tensor(sorted(frequent | ends)), covered / counts.total())
 
 
+def is_list_of_ids(ids: Tensor, vocab_size: int) -> bool:
+    """Whether a tensor is a list of at least one id of the vocabulary, none of them twice."""
+    if ids.dim() != 1 or not len(ids):
+        return False
+    return int(ids.min()) >= 0 and int(ids.max()) < vocab_size and len(set(ids.tolist())) == len(ids)
+
+
 def draft_ids(asked: DraftVocabulary | Tensor | Sequence[int] | int, vocab_size: int) -> Tensor:
     """What `draft_vocabulary=` means -> (n,) int64. A number n: the first n ids, for tokenizers number their tokens by frequency.
 
@@ -55,7 +62,7 @@ def draft_ids(asked: DraftVocabulary | Tensor | Sequence[int] | int, vocab_size:
     if isinstance(asked, int):
         asked = range(min(asked, vocab_size))
     ids = torch.as_tensor(asked if isinstance(asked, Tensor) else list(asked)).long().cpu()
-    if ids.dim() != 1 or not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(set(ids.tolist())) < len(ids):
+    if not is_list_of_ids(ids, vocab_size):
         raise GenerationError(
             f"draft_vocabulary= was given {tuple(ids.shape)} ids; they must be a list of different ids in 0..{vocab_size - 1}. "
             "Pass DraftVocabulary.from_texts(texts, tokenizer), a list of ids, or how many ids to take from the first on."

@@ -26,6 +26,7 @@ from mtpdecode.testing import assert_counts, continuation_law, first_tokens
 from tests import tiny
 from tests.families import gemma4
 from tests.families.gemma4 import IMAGE, NAMES, NUM_SOFT_TOKENS, WINDOW
+from tests.families.test_zoo import removed, renamed, reshaped
 from tests.families.zoo import cases
 
 NUM_TOKENS, LENGTHS, GREEDY = 64, (9, 1, 4, 7), {"do_sample": False}
@@ -337,18 +338,6 @@ def test_what_the_generation_config_says(tmp_path, loaded):
     found = decoder.generate(tiny.one(row), max_new_tokens=NUM_TOKENS, **GREEDY)
     assert found.tolist() == [row + plain("e2b", tuple(row))], "but the target says them"
     assert loaded("e2b").options.schedule.choices == (3,), "where nothing is said"
-
-
-def removed(tensors, name):
-    return {each: tensor for each, tensor in tensors.items() if each != name}
-
-
-def renamed(tensors, name):
-    return removed(tensors, name) | {name.replace(".weight", "_x.weight"): tensors[name]}
-
-
-def reshaped(tensors, name):
-    return tensors | {name: torch.cat([tensors[name], tensors[name][:1]])}
 
 
 def broken(tensors, name):

@@ -12,6 +12,7 @@ from transformers import Qwen4ExpConfig, Qwen4ExpForCausalLM, Qwen4ExpForConditi
 
 from tests import tiny
 from tests.families.zoo import Case
+from tests.families.zoo.qwen3_5 import VISION
 
 PREFIX = "mtp."
 STREAMS, HEADS, GROUPS, DIM, RATIO, BUDGET = 2, 4, 2, 16, 4, 8
@@ -51,16 +52,6 @@ NGRAMS = {
     "ngram_vocab_size_base": 97,
     "make_ngram_vocab_size_divisible_by": 4,
     "split_ngram_parts": 2,
-}
-
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "out_hidden_size": tiny.SIZE,
-    "num_position_embeddings": 16,
-    "patch_size": 4,
 }
 
 
