@@ -54,6 +54,7 @@ def parser(description: str | None, num_per_kind: int) -> argparse.ArgumentParse
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file (default: benchmarks/results)")
+    parser.add_argument("--checkpoint", type=Path, help="a folder with target and head, decoded from random tokens, not the preset")
     return parser
 
 
@@ -62,6 +63,22 @@ def start(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def loaded(args: argparse.Namespace, dtype: str | torch.dtype) -> tuple[mtpdecode.MTPDecoder, list[Prompt]]:
+    """What is measured, and on what: the preset on the held-out prompts, or what --checkpoint names on random tokens."""
+    if args.checkpoint:
+        decoder = mtpdecode.MTPDecoder.from_pretrained(args.checkpoint, dtype=dtype)
+        return decoder, [random_prompt(decoder.target, kind, 8) for kind in PROMPTS for _ in range(args.num_per_kind)]
+    decoder, tokenizer = mtpdecode.load(MODEL, dtype=dtype)
+    return decoder, prompts(tokenizer, args.num_per_kind)
+
+
+def random_prompt(model: PreTrainedModel, kind: str, num_tokens: int, seed: int = 0) -> Prompt:
+    """Tokens that mean nothing, the same every time."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(size, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+    return Prompt(kind, f"{num_tokens} random tokens", ids.tolist())
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, num_per_kind: int) -> list[Prompt]:
@@ -138,9 +155,9 @@ def timed(
 
 def card(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What was measured on what: hardware, versions, settings."""
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "checkpoint")}
     return {
-        "model": MODEL,
+        "model": str(args.checkpoint) if args.checkpoint else MODEL,
         **more,
         "settings": settings,
         "prompts_available": {kind: len(texts) for kind, texts in PROMPTS.items()},
