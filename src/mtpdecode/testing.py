@@ -31,6 +31,7 @@ from .laws import g_test as g_test
 from .laws import text_law as text_law
 from .laws import verdict_laws as verdict_laws
 from .proposer import Proposer
+from .state import Draft
 from .tables import TableLM as TableLM
 from .tables import TableProposer as TableProposer
 from .tables import random_table as random_table
@@ -185,3 +186,32 @@ def rule_problems(vocab_size: int, seed: int = 0) -> list[tuple[Law, Law]]:
         (law(8), law(8)),
         (law(9, half), law(9, half)),
     ]
+
+
+class SyntheticAcceptance(Acceptance):
+    """NOT LOSSLESS: the text is not the target's. For measuring speed only, where no trained head is at hand.
+
+    Draft token k is kept with the chance rates[k - 1] once those before it are, whatever the two laws say; behind the kept tokens
+    comes a draw from the target's law. So a round costs what it costs, and gives as many tokens as with a head of these rates.
+    No name leads here, neither `acceptance="synthetic"` nor another: only this class, given as acceptance=SyntheticAcceptance(...).
+
+    rates   a chance for each draft position, 0 to 1; positions behind the last have the last
+    """
+
+    def __init__(self, rates: Sequence[float]) -> None:
+        if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
+            raise GenerationError(
+                f"SyntheticAcceptance({rates!r}) was asked for; it wants a chance of 0 to 1 for each draft position, [0.8, 0.6] say."
+            )
+        self.rates = tuple(map(float, rates))
+
+    def keep(self, draft: Draft, target_probs: Tensor) -> Tensor:
+        num_rows, num_draft = draft.tokens.shape
+        rates = [self.rates[min(k, len(self.rates) - 1)] for k in range(num_draft)]
+        return torch.cat([target_probs.new_full((num_rows, 1), rate) for rate in rates], dim=1)  # no list goes to the device
+
+    def num_kept(self, passed: Tensor) -> Tensor:
+        return passed.long().cumprod(-1).sum(-1)
+
+    def residual(self, draft: Draft, target_probs: Tensor, num_kept: Tensor) -> Tensor:
+        return target_probs.gather(1, num_kept[:, None, None].expand(-1, 1, target_probs.shape[-1]))[:, 0]
