@@ -93,14 +93,19 @@ class Assistant(nn.Module):
         x = pre_projection(concat(e, h))        z = norm(layers(x))        logits = head(z)        next h = post_projection(z)
 
     e is the target's embedding of the last token, h its hidden state one place before, then what was recycled.
+
+    suppressed  (n,) int64, the tokens that it never drafts
     """
+
+    suppressed: Tensor
 
     def __init__(self, target: PreTrainedModel, spec: MTPSpec, config: Mapping[str, Any]) -> None:
         super().__init__()
         own, theirs = _reading_config(target, config), text_config(target)
         self.spec, self.config, self.backbone_size = spec, own, int(config["backbone_hidden_size"])
         self.num_layers, size = own.num_hidden_layers // 2, own.hidden_size
-        self.num_speculative_tokens, self.suppressed = NUM_TOKENS, ()
+        self.num_speculative_tokens = NUM_TOKENS
+        self.register_buffer("suppressed", torch.zeros(0, dtype=torch.long), persistent=False)
         producers = _producers(target)
         self.pre_projection = nn.Linear(2 * self.backbone_size, size, bias=False)
         self.post_projection = nn.Linear(size, self.backbone_size, bias=False)
@@ -157,7 +162,7 @@ class Assistant(nn.Module):
         scores = scores if cap is None else torch.tanh(scores / cap) * cap
         if ids is not None:
             scores = scores.new_full((len(ids), self.config.vocab_size), float("-inf")).scatter(1, ids, scores)
-        allowed = scores.index_fill(-1, torch.tensor(self.suppressed, dtype=torch.long, device=scores.device), float("-inf"))
+        allowed = scores.index_fill(-1, self.suppressed, float("-inf"))
         return torch.where(allowed.isfinite().any(-1, keepdim=True), allowed, scores)
 
 
@@ -227,7 +232,8 @@ def _built(target: PreTrainedModel, spec: MTPSpec, origin: Origin) -> Assistant:
     _check_ordering(origin.name, tensors.get("masked_embedding.token_ordering"))
     assistant.load_state_dict(tensors)
     assistant.num_speculative_tokens = int(origin.generation.get("num_assistant_tokens") or NUM_TOKENS)
-    assistant.suppressed = tuple(origin.generation.get("suppress_tokens") or ())
+    suppressed = list(origin.generation.get("suppress_tokens") or ())
+    assistant.suppressed = torch.tensor(suppressed, dtype=torch.long, device=assistant.suppressed.device)
     return assistant
 
 
@@ -301,7 +307,7 @@ def _centroid_head(config: Mapping[str, Any], own: PreTrainedConfig) -> Centroid
 
 
 def _check_ordering(name: str, ordering: Tensor | None) -> None:
-    if ordering is not None and not torch.equal(ordering.long().sort().values, torch.arange(len(ordering))):
+    if ordering is not None and not torch.equal(ordering.long().sort().values.cpu(), torch.arange(len(ordering))):
         raise HeadWeightsError(
             f"{name} was given as assistant; its masked_embedding.token_ordering does not hold every token once. "
             "Download the assistant again."

@@ -51,7 +51,7 @@ def truncate(verdict: Verdict, state: DecodeState, eos_ids: Tensor, max_lengths:
     a row that was done before                           ->  counts 0, done
     """
     steps = torch.arange(1, verdict.tokens.shape[1] + 1, device=verdict.tokens.device)
-    ends = torch.isin(verdict.tokens, eos_ids)
+    ends = (verdict.tokens[..., None] == eos_ids).any(-1)  # isin sorts where there are many, and waits for the device
     until_end = torch.where(ends, steps, steps.numel() + 1).amin(-1)
     counts = torch.minimum(torch.minimum(verdict.counts, until_end), max_lengths - state.text.lengths)
     counts = torch.where(state.done, 0, counts)
