@@ -58,6 +58,10 @@ class KVCacheManager(ABC):
     def reserve(self, num_slots: int) -> None:
         """Make sure that windows up to slot `num_slots` fit."""
 
+    def cleared(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> bool:
+        """Forget every token and keep the memory, as new for a call that asks for these. False: it cannot; a new one is made."""
+        return False
+
 
 class CacheLayout:
     """What a manager must know of a model: its layer types, their windows and its attention implementation.
@@ -76,6 +80,11 @@ class CacheLayout:
     ) -> None:
         self.windows, self.attention, self.dtype, self.plans = dict(windows), attention, dtype, tuple(plans)
         self.prompt_lengths = prompt_lengths
+
+    def agrees(self, other: CacheLayout) -> bool:
+        """Whether one cache does for both, whatever prompts it is filled from."""
+        ours, theirs = ((each.windows, each.attention, each.dtype, each.plans) for each in (self, other))
+        return ours == theirs
 
     def mask(self, positions: Tensor, num_slots: int) -> Tensor | dict[str, Tensor | None]:
         """positions (B, T) -> (B, 1, T, num_slots): a slot is seen from its own position on, while the window reaches it.
@@ -99,12 +108,14 @@ class CacheLayout:
 class RaggedCache(KVCacheManager):
     """Static slots and per-row lengths: O(1) commit, no copy, any batch.
 
-    Slots grow in buckets when `reserve` asks for more; sliding layers keep all slots and have their window in the mask.
+    Slots grow in buckets when `reserve` asks for more; sliding layers keep all slots and have their window in the mask. Another
+    call may have the slots again (`cleared`): windows then see few of them at first, and each is wiped before it is seen.
     """
 
     def __init__(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> None:
         self.layout = layout
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._made_for = (num_layers, num_rows, device, _mode(device))
         self._slots = _Slots(num_rows, device)
         plans = layout.plans or (LayerPlan("full_attention"),)
         self._cache = _RaggedLayers(self._slots, [_layer_for(plans[i % len(plans)], self._slots) for i in range(num_layers)])
@@ -127,7 +138,8 @@ class RaggedCache(KVCacheManager):
     def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
         held: Any = self._cache.layers[layer]
         seen = slice(self._slots.num_visible)
-        return (held.keys[:, :, seen], held.values[:, :, seen]) if held.is_initialized else None
+        is_written = held.is_initialized and self._slots.written.shape[1]
+        return (held.keys[:, :, seen], held.values[:, :, seen]) if is_written else None
 
     @property
     def layers(self) -> list[Any]:
@@ -141,24 +153,50 @@ class RaggedCache(KVCacheManager):
 
     def reserve(self, num_slots: int) -> None:
         if num_slots > self.num_slots:
+            first = self.num_slots
             self._slots.numbers = torch.arange(-(-num_slots // BUCKET) * BUCKET, device=self.lengths.device)
             for layer in self._cache.layers:
                 if isinstance(layer, _RaggedLayer) and layer.is_initialized:
                     layer.grow()
+                    layer.wipe(first, min(self.num_slots, self._slots.num_used))
+
+    def cleared(self, layout: CacheLayout, num_layers: int, num_rows: int, device: torch.device) -> bool:
+        asked = (num_layers, num_rows, device, _mode(device))
+        if type(self) is not RaggedCache or asked != self._made_for or not layout.agrees(self.layout):
+            return False  # of a subclass nobody knows what else it holds
+        self.layout, self.lengths = layout, torch.zeros_like(self.lengths)
+        self._slots.clear()
+        for layer in self._recurrent:
+            layer.forget()
+        return True
 
     def growing(self) -> list[tuple[Tensor, int]]:
         """(tensor, axis): the sizes that change when slots grow, for a compiler to leave open."""
         layers = [layer for layer in self._cache.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
-        held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        return [(self._slots.numbers, 0), *((tensor, 2) for tensor in held)]
+        return [(self._slots.numbers, 0), *((tensor, 2) for layer in layers for tensor in layer.held())]
+
+
+def _mode(device: torch.device) -> tuple[object, ...]:
+    """What decides, besides the model, of which kind and type its keys are."""
+    is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.is_inference_mode_enabled(), torch.get_autocast_dtype(device.type) if is_cast else None
 
 
 class _Slots:
-    """Where the current window writes and how far it sees; shared by all layers of one cache."""
+    """Where the current window writes and how far it sees; shared by all layers of one cache.
+
+    num_used  slots below this one may hold what an earlier call wrote
+    """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.written = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
         self.numbers = torch.arange(0, device=device)
+        self.num_used = 0
+
+    def clear(self) -> None:
+        """Nobody sees a slot any more."""
+        self.num_used = max(self.num_used, self.num_visible)
+        self.written, self.numbers = self.written[:, :0], self.numbers[:0]
 
     @property
     def num_visible(self) -> int:
@@ -212,6 +250,16 @@ class _RaggedLayer(CacheLayerMixin):
     def grow(self) -> None:
         """Room for all visible slots, made outside of a round."""
         self.keys, self.values = self._roomy(self.keys), self._roomy(self.values)
+        self.index_keys = None if self.index_keys is None else self._roomy(self.index_keys)
+
+    def held(self) -> list[Tensor]:
+        """All that has slots, (B, H, S, Dh) each."""
+        return [tensor for tensor in (self.keys, self.values, self.index_keys) if tensor is not None]
+
+    def wipe(self, first: int, last: int) -> None:
+        """Zeros into slots that are about to be seen: a mask hides numbers, but not what is none (0 times nan is nan)."""
+        for tensor in self.held() if last > first else ():
+            tensor[:, :, first:last] = 0
 
     def update_index(self, idx_k: Tensor) -> Tensor:
         """An indexer's keys (B, 1, T, Di), by which queries choose what they attend to -> (B, 1, S, Di).
@@ -241,13 +289,13 @@ class _RaggedLayer(CacheLayerMixin):
         return slots.scatter_(2, index, states)
 
     def _roomy(self, slots: Tensor | None) -> Tensor:
-        """With room for all visible slots: if at all, at least twice as many as before, so that all growth together copies
-        each of them about once."""
+        """With room for more than the visible slots: if at all, at least twice as many as before, so that all growth together
+        copies each of them about once. Never just enough: a compiler would take the two sizes for one."""
         assert slots is not None
         rows, heads, old, width = slots.shape
-        if old >= self._slots.num_visible:
+        if old > self._slots.num_visible:
             return slots
-        grown = slots.new_zeros(rows, heads, max(self._slots.num_visible, 2 * old), width)
+        grown = slots.new_zeros(rows, heads, max(self._slots.num_visible + BUCKET, 2 * old), width)
         grown[:, :, :old] = slots
         return grown
 
@@ -304,6 +352,13 @@ class _CompressedLayer(_RaggedLayer, HookedLayer):
         assert plan.mixer is not None
         self._compressor, self._size = plan.mixer, plan.block_size
         self._given: dict[str, Tensor] = {}
+
+    def grow(self) -> None:
+        super().grow()
+        self._given = {name: self._roomy(given) for name, given in self._given.items()}
+
+    def held(self) -> list[Tensor]:
+        return [*super().held(), *self._given.values()]
 
     def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
         """kv, gate (B, T, d), what the window's tokens give -> the same of all slots, and where the first block begins."""

@@ -108,6 +108,8 @@ class MTPDecoder:
     target, head, proposer    what it is built from; head is None where the proposer needs none
     assistant                 what drafts instead of a head for Gemma 4, else None
     verifier, cache, metrics  of the last call
+
+    The caches of a call that is over are kept: the next call of as many rows writes into the same memory. `release` lets them go.
     """
 
     def __init__(self, target: PreTrainedModel, proposer: Proposer, options: Options, cache: CacheFactory) -> None:
@@ -118,6 +120,7 @@ class MTPDecoder:
         if has_own_code(target):
             rehearse(target, layout)
         self.step: Step = decode_round
+        self._spare: dict[int, KVCacheManager] = {}  # 0: the target's, 1: the head's; whose call is not over are not among them
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
         self.metrics: Metrics | None = None
@@ -210,6 +213,11 @@ class MTPDecoder:
             print(schedule)
         else:
             print(f"K is always {', '.join(map(str, schedule.choices))}: num_speculative_tokens='auto' would measure and choose.")
+
+    def release(self) -> None:
+        """Let go of the caches that the last call left behind. Streams that are not over keep theirs."""
+        self._spare.clear()
+        self.verifier, self.cache = None, None
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Tensor | MTPOutput:
         """What `model.generate` returns for the same arguments, several tokens per forward pass.
@@ -341,24 +349,27 @@ class MTPDecoder:
         width = self.head.width if self.head else text_config(self.target).hidden_size
         rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width, self.step)
         training = training_modules(self.target, *(part for part in (self.head, self.assistant) if part))
-        while True:
-            with torch.no_grad(), evaluating(training):
-                round = next(rounds, None)
-            if round is None:
-                return
-            yield round
+        try:
+            while True:
+                with torch.no_grad(), evaluating(training):
+                    round = next(rounds, None)
+                if round is None:
+                    return
+                yield round
+        finally:  # all tokens are there, or nobody asks for more
+            self._spare |= enumerate(roles.caches)
 
     def _roles(self, request: Request, options: Options) -> Roles:
         """Everything that lives as long as one call."""
         sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
         layout = self._layout(prompt_lengths=request.prompt.lengths.clone())  # a tensor of its own, for compiled rounds
-        caches = [self._new_cache(request, layout, text_config(self.target).num_hidden_layers)]
+        caches = [self._cache_for(0, request, layout, text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)
         proposer = self.proposer if deepest else NoDraft()
         if isinstance(proposer, (MTPProposer, AssistantProposer)):
-            self.proposer = proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
+            proposer = copy(proposer)  # a stream of an earlier call may still be running on its own
         if isinstance(proposer, MTPProposer):
-            caches.append(self._new_cache(request, self._layout(proposer.head), proposer.head.num_cached(deepest)))
+            caches.append(self._cache_for(1, request, self._layout(proposer.head), proposer.head.num_cached(deepest)))
         purpose = Purpose.TARGET if options.rule is None else Purpose.DRAFT  # coupled drafts share the target's numbers
         call = Call(request.prompt, sampler, deepest, options.draft_sampling, purpose, caches[0])
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
@@ -375,9 +386,11 @@ class MTPDecoder:
         windows, attention = layer_windows(config, name), check_attention(config, name)
         return CacheLayout(windows, attention, self.target.dtype, plans, prompt_lengths)
 
-    def _new_cache(self, request: Request, layout: CacheLayout, num_layers: int) -> KVCacheManager:
-        lengths = request.prompt.lengths
-        return self._cache_factory(layout, num_layers, lengths.shape[0], lengths.device)
+    def _cache_for(self, place: int, request: Request, layout: CacheLayout, num_layers: int) -> KVCacheManager:
+        """That of an earlier call which is over, if it does, else a new one."""
+        lengths, spare = request.prompt.lengths, self._spare.pop(place, None)
+        asked = (layout, num_layers, lengths.shape[0], lengths.device)
+        return spare if spare is not None and spare.cleared(*asked) else self._cache_factory(*asked)
 
 
 def _check_alone(**others: object) -> None:

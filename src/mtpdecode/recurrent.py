@@ -176,6 +176,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
 
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(max(plan.num_states, 1))
+        self._plan = plan
         self.record_past = True  # no model is to write a single token into the state it was lent, if it asks
         self._mixer, self._kind = plan.mixer, kind_of(plan.mixer) if plan.mixer is not None else None
         self._blanks = plan.blanks
@@ -183,6 +184,10 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         self._starts: dict[int, Tensor] = {}
         self._state: Tensor | None = None
         self.open(0)
+
+    def forget(self) -> None:
+        """As new: another text begins."""
+        RecurrentLayer.__init__(self, self._plan)
 
     def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:
         """A window of so many tokens begins, `offset` (B,) behind what is committed; the first prompt (B,) are of the prompt."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mtpdecode import MTPDecoder, MTPHead, UnsupportedModelError
+from mtpdecode import MTPDecoder, MTPHead, RaggedCache, UnsupportedModelError
 from mtpdecode.families import FAMILIES
 from mtpdecode.train import mtp_loss
 from tests import tiny
@@ -58,9 +58,15 @@ def test_only_attention_has_keys():
     """Four sub-layers, two of them attention: so many layers has the head's cache, and the others keep nothing."""
     case = nemotron_h.CASES[-1]
     model = case.build()
-    decoder = MTPDecoder.from_model(model, head=tiny.build_head(model, ROWS["nemotron_h"]))
+    made = []
+
+    def recorded(*args):
+        made.append(RaggedCache(*args))
+        return made[-1]
+
+    decoder = MTPDecoder.from_model(model, head=tiny.build_head(model, ROWS["nemotron_h"]), cache=recorded)
     decoder.generate(tiny.one(tiny.prompts()[0]), max_new_tokens=4, do_sample=False)
-    manager = decoder.proposer.cache
+    manager = made[1]
     kinds = model.config.mtp_layers_block_type
     assert kinds == ["full_attention", "moe", "full_attention", "mlp"]
     kept = [layer.keys is not None for layer in manager.window(1).cache.layers if hasattr(layer, "keys")]

@@ -206,8 +206,8 @@ def test_a_factory_may_be_any_callable():
     target, head = ["full_attention", "sliding_attention"], ["sliding_attention"]
     assert made == [(target, 2, 5, "cpu"), (head, 2, 5, "cpu")], "first the target's, then the head's"
     made.clear()
-    decoder.generate(**tiny.padded(tiny.prompts()), max_new_tokens=2, num_speculative_tokens=0)
-    assert len(made) == 1, "without drafts the head needs no cache"
+    decoder.generate(**tiny.padded(tiny.prompts(3)), max_new_tokens=2, num_speculative_tokens=0)
+    assert made == [(target, 2, 3, "cpu")], "without drafts the head needs no cache"
 
 
 # ── public attributes ───────────────────────────────────────────────────────────────────────────────────────────────────────
