@@ -54,7 +54,9 @@ def parser(description: str | None, num_per_kind: int) -> argparse.ArgumentParse
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file (default: benchmarks/results)")
-    parser.add_argument("--checkpoint", type=Path, help="a folder with target and head, decoded from random tokens, not the preset")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a folder with target and head, decoded from random tokens, not the preset"
+    )
     return parser
 
 
@@ -69,7 +71,8 @@ def loaded(args: argparse.Namespace, dtype: str | torch.dtype) -> tuple[mtpdecod
     """What is measured, and on what: the preset on the held-out prompts, or what --checkpoint names on random tokens."""
     if args.checkpoint:
         decoder = mtpdecode.MTPDecoder.from_pretrained(args.checkpoint, dtype=dtype)
-        return decoder, [random_prompt(decoder.target, kind, 8) for kind in PROMPTS for _ in range(args.num_per_kind)]
+        kinds = [kind for _ in range(args.num_per_kind) for kind in PROMPTS]
+        return decoder, [random_prompt(decoder.target, kind, 8, seed) for seed, kind in enumerate(kinds)]
     decoder, tokenizer = mtpdecode.load(MODEL, dtype=dtype)
     return decoder, prompts(tokenizer, args.num_per_kind)
 

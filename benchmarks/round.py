@@ -1,153 +1,214 @@
-"""Where each millisecond of a round goes: greedy decoding of one prompt at a time, the round's calls timed from outside.
+"""Where each millisecond of a round goes, compiled and not: parts, bytes that must move, and what the machine's memory allows.
 
     python -m benchmarks.round
 
-A timer stands around each public function that a round calls, and a timer inside another one is taken out of the outer one,
-so the parts add up to the whole. The timers themselves cost about a microsecond each.
+Greedy, one prompt at a time. All cells (compiled or not, and K) take turns on the same prompts, and each run is made twice:
+without timers for the round as a whole, and with them for its parts (`timers.py`). The difference is what the timers cost; it is
+reported, and counts as time outside of the forwards. The floor is the bytes that a round must read over the bandwidth measured
+in between.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
-from typing import Any
-from unittest.mock import patch
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
 import mtpdecode
 from benchmarks import common
-from mtpdecode import loop
-from mtpdecode.sampling import Sampler
-from mtpdecode.stopping import Stopping
+from benchmarks.common import Prompt
+from benchmarks.roofline import bandwidth, readers, round_bytes
+from benchmarks.timers import FORWARDS, HOST, PARTS, REST, Stopwatch, marking, rounds, watching
+from mtpdecode.compiled import CompiledRound
 
-PARTS = (
-    "target forward",
-    "head: absorb and first draft",
-    "head: further drafts",
-    "head: vocabulary product",
-    "processors",
-    "acceptance",
-    "stopping",
-    "caches",
-    "state and bookkeeping",
-    "host: read tokens, metrics",
-)
-WARM_UP_TOKENS = 8
+EAGER, COMPILED = "eager", "compiled"
+TIMERS = {EAGER: watching, COMPILED: marking}
+BYTES = 2**28
+"""Of the tensors that the bandwidth is measured with, unless --megabytes says otherwise."""
 
 
-class Stopwatch:
-    """Exclusive seconds by part: what runs inside another timed call counts for the inner part only."""
+class Cell(NamedTuple):
+    """What is measured: a decoder at one K."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._open: list[str] = []
-        self._since = 0.0
+    mode: str
+    num_drafted: int
+    decoder: mtpdecode.MTPDecoder
 
-    def _switch(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def around(self, name: Callable[..., str], function: Callable[..., Any], outermost: bool = False) -> Callable[..., Any]:
-        """`function`, timed; unless it is the outermost part, only while another part runs: the prompt's work is left out."""
-
-        @wraps(function)  # transformers looks at the signature of `forward`
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if not (outermost or self._open):
-                return function(*args, **kwargs)
-            self._switch()
-            self._open.append(name(*args, **kwargs))
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._switch()
-                self._open.pop()
-
-        return timed
+    @property
+    def name(self) -> str:
+        return f"{self.mode} K={self.num_drafted}"
 
 
-def _head_part(depth: int, embeds: torch.Tensor, *_: Any) -> str:
-    return "head: absorb and first draft" if embeds.shape[1] > 1 else "head: further drafts"
+class Row(NamedTuple):
+    """One prompt in one cell, means over the rounds.
+
+    ms          a round, without timers     parts  milliseconds by part, with timers
+    committed   tokens in the target's cache        tau  tokens a round
+    """
+
+    cell: str
+    prompt: str
+    repeat: int
+    num_rounds: int
+    tau: float
+    committed: float
+    ms: float
+    parts: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        """The share of a round that is outside of the forwards of target and head."""
+        return 1 - sum(self.parts.get(part, 0.0) for part in FORWARDS) / sum(self.parts.values())
 
 
-@contextmanager
-def watching(decoder: mtpdecode.MTPDecoder) -> Iterator[Stopwatch]:
-    """Times what a round calls, as long as the context lasts; nothing stays patched."""
-    watch = Stopwatch()
-    named = [
-        (decoder.target, "forward", "target forward"),
-        (decoder.head, "logits", "head: vocabulary product"),
-        (Sampler, "scores", "processors"),
-        (loop, "judge", "acceptance"),
-        (Stopping, "truncate", "stopping"),
-        (mtpdecode.RaggedCache, "window", "caches"),
-        (mtpdecode.RaggedCache, "commit", "caches"),
-        (mtpdecode.RaggedCache, "reserve", "caches"),
+def cells(decoder: mtpdecode.MTPDecoder, args: argparse.Namespace) -> list[Cell]:
+    made = {mode: _made(decoder, mode, args.backend) for mode in args.modes}
+    return [Cell(mode, k, each) for mode, each in made.items() for k in args.num_speculative_tokens]
+
+
+def _made(decoder: mtpdecode.MTPDecoder, mode: str, backend: str) -> mtpdecode.MTPDecoder:
+    made = mtpdecode.MTPDecoder.from_model(decoder.target, head=decoder.head, compiled=mode == COMPILED)
+    if mode == COMPILED and backend != "inductor":
+        made.step = CompiledRound(backend)
+    return made
+
+
+def means(cell: Cell, prompt: Prompt, num_tokens: int, timed: bool) -> dict[str, float]:
+    """Milliseconds of a round by part; without timers all of it is one part. Empty where the text ended in its first round."""
+    watch, options = Stopwatch(), {"max_new_tokens": num_tokens, "do_sample": False}
+    with TIMERS[cell.mode](cell.decoder, watch) if timed else nullcontext():
+        inputs = common.left_padded([prompt], 0)
+        found = list(rounds(cell.decoder, watch, inputs, num_speculative_tokens=cell.num_drafted, **options))
+    return {part: 1000 * fmean(each.get(part, 0.0) for each in found) for part in {part for each in found for part in each}}
+
+
+def measure(cell: Cell, prompt: Prompt, repeat: int, num_tokens: int) -> list[Row]:
+    """One row, or none where the text ended in its first round."""
+    whole, parts = (means(cell, prompt, num_tokens, timed) for timed in (False, True))
+    metrics: Any = cell.decoder.metrics
+    counts = metrics.history[0]
+    if not parts:
+        return []
+    committed = len(prompt.ids) - 1 + fmean(sum(counts[:at]) for at in range(1, len(counts)))
+    return [Row(cell.name, prompt.text, repeat, len(counts) - 1, metrics.tau, committed, sum(whole.values()), parts)]
+
+
+def measure_all(
+    entries: Sequence[Cell], target: Any, chosen: Sequence[Prompt], args: argparse.Namespace
+) -> tuple[list[Row], dict[str, list[float]], list[float]]:
+    """-> rows, bytes a second of every way to read memory, and milliseconds a token of `model.generate`; all in turns."""
+    rows, pace, device = [], [], target.device
+    ways = readers(args.megabytes * 2**20, device)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(args.repeats * len(chosen)):
+        repeat, at = divmod(turn, len(chosen))
+        for cell in rotated(entries, turn):
+            rows += measure(cell, chosen[at], repeat, args.max_new_tokens)
+        run = common.timed(target, target.generate, chosen[at], max_new_tokens=args.max_new_tokens, do_sample=False)
+        pace.append(1000 * run.seconds / len(run.tokens))
+        for name, entry in ways.items():
+            speeds[name].append(bandwidth(entry, device))
+        print(f"repeat {repeat + 1} of {args.repeats}, prompt {at + 1} of {len(chosen)}", flush=True)
+    return rows, speeds, pace
+
+
+def rotated(entries: Sequence[Cell], turn: int) -> list[Cell]:
+    turn %= len(entries)
+    return [*entries[turn:], *entries[:turn]]
+
+
+def summary(cell: Cell, rows: Sequence[Row], bytes_a_second: float) -> dict[str, Any]:
+    """One cell over all prompts and repeats: medians and quartiles of milliseconds."""
+    parts = [part for part in PARTS if any(part in row.parts for row in rows)]
+    read = round_bytes(cell.decoder, cell.num_drafted, fmean(row.committed for row in rows))
+    whole, floor = common.spread([row.ms for row in rows]), 1000 * sum(read.values()) / bytes_a_second
+    return {
+        "mode": cell.mode,
+        "K": cell.num_drafted,
+        "tau": sum(row.tau * row.num_rounds for row in rows) / sum(row.num_rounds for row in rows),
+        "num_rounds": sum(row.num_rounds for row in rows),
+        "ms": whole,
+        "parts": {part: common.spread([row.parts.get(part, 0.0) for row in rows]) for part in parts},
+        "timers_ms": common.spread([sum(row.parts.values()) - row.ms for row in rows]),
+        "outside": common.spread([row.outside for row in rows]),
+        "bytes": read,
+        "floor_ms": floor,
+        "share_of_floor": floor / whole["median"],
+    }
+
+
+def show(summaries: Sequence[dict[str, Any]], bytes_a_second: float) -> None:
+    """A column for each cell."""
+
+    def line(name: str, figure: Callable[[dict[str, Any]], object]) -> list[object]:
+        return [name, *map(figure, summaries)]
+
+    lines = [line(part, lambda s, part=part: s["parts"][part]["median"] if part in s["parts"] else "-") for part in PARTS]
+    lines += [line(f"a round, {name}", lambda s, key=key: s["ms"][key]) for key, name in QUARTILES.items()]
+    lines += [
+        line("the timers' cost", lambda s: s["timers_ms"]["median"]),
+        line("outside of the forwards, %", lambda s: 100 * s["outside"]["median"]),
+        line("megabytes to read", lambda s: sum(s["bytes"].values()) / 1e6),
+        line(f"floor at {bytes_a_second / 1e9:.1f} GB/s", lambda s: s["floor_ms"]),
+        line("floor / a round, %", lambda s: 100 * s["share_of_floor"]),
+        line("tokens a round (tau)", lambda s: s["tau"]),
+        line("a token", lambda s: s["ms"]["median"] / s["tau"]),
     ]
-    with ExitStack() as stack:
-
-        def time_it(owner: Any, attribute: str, name: Callable[..., str], outermost: bool = False) -> None:
-            timed = watch.around(name, getattr(owner, attribute), outermost)
-            stack.enter_context(patch.object(owner, attribute, timed))
-
-        for owner, attribute, part in named:
-            time_it(owner, attribute, lambda *_, part=part, **__: part)
-        time_it(decoder.head, "forward", _head_part)
-        time_it(loop, "decode_round", lambda *_, **__: "state and bookkeeping", outermost=True)
-        yield watch
+    common.show_table(["", *(f"{s['mode']} K={s['K']}" for s in summaries)], lines)
 
 
-def measure(
-    decoder: mtpdecode.MTPDecoder, chosen: list[common.Prompt], args: argparse.Namespace, num_drafted: int
-) -> dict[str, Any]:
-    """All prompts at one K. -> milliseconds a round by part, and what a round gives."""
-    generate = partial(decoder.generate, num_speculative_tokens=num_drafted, do_sample=False)
-    common.timed(decoder.target, generate, chosen[0], max_new_tokens=WARM_UP_TOKENS)
-    calls: list[Any] = []
-    with watching(decoder) as watch:
-        for prompt in chosen:
-            common.timed(decoder.target, generate, prompt, max_new_tokens=args.max_new_tokens)
-            calls.append(decoder.metrics)
-    whole = mtpdecode.Metrics.pooled(calls)
-    watch.seconds["host: read tokens, metrics"] = whole.seconds["host"]
-    prefill = whole.seconds["prefill"] / len(calls)
-    parts = {part: 1000 * watch.seconds[part] / whole.num_rounds for part in PARTS}
-    return {"K": num_drafted, "tau": whole.tau, "num_rounds": whole.num_rounds, "ms": parts, "prefill_ms": 1000 * prefill}
+QUARTILES = {"median": "median", "q1": "lower quartile", "q3": "upper quartile"}
 
 
-def measure_plain(decoder: mtpdecode.MTPDecoder, chosen: list[common.Prompt], args: argparse.Namespace) -> float:
-    """Milliseconds a token of `model.generate`, the prompt's forward included."""
-    target: Any = decoder.target
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    runs = [common.timed(target, target.generate, prompt, **options) for prompt in chosen]
-    return 1000 * sum(run.seconds for run in runs) / sum(len(run.tokens) for run in runs)
-
-
-def main() -> None:
+def settings(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = common.parser(__doc__, num_per_kind=2)
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="K")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    args = parser.parse_args()
+    parser.add_argument("--modes", nargs="+", default=[EAGER, COMPILED], choices=(EAGER, COMPILED))
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--megabytes", type=int, default=BYTES >> 20, help="to measure the bandwidth with (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = settings(argv)
     common.start(args)
-    decoder, tokenizer = mtpdecode.load(common.MODEL, dtype=args.dtype)
-    chosen = common.prompts(tokenizer, args.num_per_kind)
-    plain = measure_plain(decoder, chosen, args)
-    columns = [measure(decoder, chosen, args, k) for k in args.num_speculative_tokens]
-    result = common.card(args) | {"plain_ms_per_token": plain, "rounds": columns}
+    decoder, chosen = common.loaded(args, args.dtype)
+    entries = cells(decoder, args)
+    for cell in entries:
+        print(f"warm-up: {cell.name}", flush=True)
+        measure(cell, chosen[0], 0, args.max_new_tokens)
+    made = num_graphs()
+    rows, speeds, pace = measure_all(entries, decoder.target, chosen, args)
+    made_late = num_graphs() - made
+    speed = max(common.spread(values)["median"] for values in speeds.values())
+    summaries = [summary(cell, group, speed) for cell in entries if (group := [row for row in rows if row.cell == cell.name])]
+    result = common.card(args) | {
+        "bandwidth": {name: common.spread(values) for name, values in speeds.items()},
+        "plain_ms_per_token": common.spread(pace),
+        "graphs": {"in_warm_up": made, "while_measuring": made_late},
+        "cells": summaries,
+        "rows": [row._asdict() for row in rows],
+    }
     common.show_card(result)
-    print(f"milliseconds of a round, {args.dtype}; a token of model.generate takes {plain:.1f} ms")
-    table = [[part, *(column["ms"][part] for column in columns)] for part in PARTS]
-    totals = [sum(column["ms"].values()) for column in columns]
-    table += [["a round", *totals], ["tokens a round (tau)", *(column["tau"] for column in columns)]]
-    table += [["a token", *(total / column["tau"] for total, column in zip(totals, columns, strict=True))]]
-    common.show_table(["", *(f"K={column['K']}" for column in columns)], table)
+    print(f"milliseconds of a round, {args.dtype}: medians over {len(chosen) * args.repeats} runs of each cell, in turns")
+    print(f"a token of model.generate takes {common.show_spread(result['plain_ms_per_token'])} ms")
+    show(summaries, speed)
+    if made_late:
+        print(f"{made_late} graphs were made while measuring: the runs that they fell into are too long, and medians may be.")
+    print(f"Of a compiled round, '{REST}' holds all of ours in the graph, and '{HOST}' the loop around it.")
     common.write(args.out, "round", result)
+    print(json.dumps({f"{s['mode']} K={s['K']}": round(s["outside"]["median"], 4) for s in summaries}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
 """What the benchmarks count, padded and timed: a wrong counter gives a wrong claim."""
 
-import time
-
 import torch
 
 from benchmarks import common
-from benchmarks.round import Stopwatch
 
 END = 2
 
@@ -31,20 +28,3 @@ def test_json_has_null_for_nan_and_four_digits():
 def test_spread_of_one_value_is_that_value():
     assert common.spread([3.0]) == {"median": 3.0, "q1": 3.0, "q3": 3.0}
     assert common.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
-
-
-def test_inner_parts_are_taken_out_of_outer_ones_and_add_up():
-    watch = Stopwatch()
-    inner = watch.around(lambda: "inner", lambda: time.sleep(0.3))
-    outer = watch.around(lambda: "outer", lambda: (time.sleep(0.1), inner()), outermost=True)
-    start = time.perf_counter()
-    outer()
-    whole = time.perf_counter() - start
-    assert 0.1 <= watch.seconds["outer"] < 0.3 <= watch.seconds["inner"]
-    assert abs(sum(watch.seconds.values()) - whole) < 0.02, "a part counted twice would be off by its own 0.3 s or 0.1 s"
-
-
-def test_what_runs_outside_the_outermost_part_is_not_counted():
-    watch = Stopwatch()
-    watch.around(lambda: "inner", lambda: None)()
-    assert not watch.seconds
