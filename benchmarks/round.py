@@ -67,15 +67,16 @@ class Row(NamedTuple):
 
 
 def cells(decoder: mtpdecode.MTPDecoder, args: argparse.Namespace) -> list[Cell]:
-    made = {mode: _made(decoder, mode, args.backend) for mode in args.modes}
-    return [Cell(mode, k, each) for mode, each in made.items() for k in args.num_speculative_tokens]
+    decoders = {mode: made(decoder, mode, args.backend) for mode in args.modes}
+    return [Cell(mode, k, each) for mode, each in decoders.items() for k in args.num_speculative_tokens]
 
 
-def _made(decoder: mtpdecode.MTPDecoder, mode: str, backend: str) -> mtpdecode.MTPDecoder:
-    made = mtpdecode.MTPDecoder.from_model(decoder.target, head=decoder.head, compiled=mode == COMPILED)
+def made(decoder: mtpdecode.MTPDecoder, mode: str, backend: str = "inductor") -> mtpdecode.MTPDecoder:
+    """A decoder of the same target and head, compiled or not."""
+    another = mtpdecode.MTPDecoder.from_model(decoder.target, head=decoder.head, compiled=mode == COMPILED)
     if mode == COMPILED and backend != "inductor":
-        made.step = CompiledRound(backend)
-    return made
+        another.step = CompiledRound(backend)
+    return another
 
 
 def means(cell: Cell, prompt: Prompt, num_tokens: int, timed: bool) -> dict[str, float]:
@@ -188,15 +189,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for cell in entries:
         print(f"warm-up: {cell.name}", flush=True)
         measure(cell, chosen[0], 0, args.max_new_tokens)
-    made = num_graphs()
+    in_warm_up = num_graphs()
     rows, speeds, pace = measure_all(entries, decoder.target, chosen, args)
-    made_late = num_graphs() - made
+    late = num_graphs() - in_warm_up
     speed = max(common.spread(values)["median"] for values in speeds.values())
     summaries = [summary(cell, group, speed) for cell in entries if (group := [row for row in rows if row.cell == cell.name])]
     result = common.card(args) | {
         "bandwidth": {name: common.spread(values) for name, values in speeds.items()},
         "plain_ms_per_token": common.spread(pace),
-        "graphs": {"in_warm_up": made, "while_measuring": made_late},
+        "graphs": {"in_warm_up": in_warm_up, "while_measuring": late},
         "cells": summaries,
         "rows": [row._asdict() for row in rows],
     }
@@ -204,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"milliseconds of a round, {args.dtype}: medians over {len(chosen) * args.repeats} runs of each cell, in turns")
     print(f"a token of model.generate takes {common.show_spread(result['plain_ms_per_token'])} ms")
     show(summaries, speed)
-    if made_late:
-        print(f"{made_late} graphs were made while measuring: the runs that they fell into are too long, and medians may be.")
+    if late:
+        print(f"{late} graphs were made while measuring: the runs that they fell into are too long, and medians may be.")
     print(f"Of a compiled round, '{REST}' holds all of ours in the graph, and '{HOST}' the loop around it.")
     common.write(args.out, "round", result)
     print(json.dumps({f"{s['mode']} K={s['K']}": round(s["outside"]["median"], 4) for s in summaries}))
