@@ -207,35 +207,40 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Three panels: kinds of time by context at the largest K, a round by batch for each K, a round by K for each context."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    deepest = max(row.num_drafted for row in rows)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
+    deepest, contexts = max(row.num_drafted for row in rows), sorted({row.context for row in rows if row.axis == "context"})
     last = [row for row in rows if row.num_drafted == deepest]
-    _lines(panels[0], last, "context", "length", {kind: (kind, {}) for kind in KINDS[EAGER]})
+    _lines(panels[0], last, "context", "context", {kind: (kind, {}) for kind in KINDS[EAGER]})
     drafted = {f"K = {k}": (WHOLE, {"num_drafted": k}) for k in sorted({row.num_drafted for row in rows})}
     _lines(panels[1], rows, "batch", "num_rows", drafted)
-    contexts = sorted({row.context for row in rows if row.axis == "context"})
     _lines(panels[2], rows, "context", "num_drafted", {f"context {n}": (WHOLE, {"context": n}) for n in contexts})
-    panels[0].set(xscale="log", yscale="log", xlabel="tokens in the text", ylabel="ms a round", title=f"one row, K = {deepest}")
-    panels[1].set(xscale="log", yscale="log", xlabel="rows", title=f"context {min(contexts)}")
-    panels[2].set(xlabel="K", ylim=(0, None), title="one row")
-    for panel in panels:
+    titles = (f"parts of a round, one row, K = {deepest}", f"a round, context {rows[0].context}", "a round, one row")
+    for panel, title, label in zip(panels, titles, ("tokens in the text", "rows", "K"), strict=True):
+        panel.set(title=title, xlabel=label, ylabel="ms")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    for panel in panels[:2]:
+        panel.loglog()
+        panel.set_xticks(ticks := sorted({int(x) for line in panel.lines for x in line.get_xdata()}), ticks)
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+    panels[2].set(ylim=(0, None), xticks=sorted({row.num_drafted for row in rows}))
+    figure.suptitle("full lines: compiled (attention is in the forwards), dashed: not compiled", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _lines(panel: Any, rows: Sequence[Row], axis: str, x: str, wanted: dict[str, tuple[str, dict[str, int]]]) -> None:
     """A colour for each of `wanted`: a name, the kind of time, and what its rows have; full if compiled, dashed if not."""
-    for mode, style in ((COMPILED, "-"), (EAGER, "--")):
-        for number, (name, (kind, values)) in enumerate(wanted.items()):
+    for number, (name, (kind, values)) in enumerate(wanted.items()):
+        label: str | None = name
+        for mode, style in ((COMPILED, "-"), (EAGER, "--")):
             chosen = [row for row in rows if (row.axis, row.mode) == (axis, mode) and kind in row.sums]
             chosen = [row for row in chosen if all(row._asdict()[key] == value for key, value in values.items())]
             points = sorted((getattr(row, x), row.sums[kind]) for row in chosen)
             if points:
-                panel.plot(
-                    *zip(*points, strict=True), style, marker="o", markersize=4, color=f"C{number}", label=f"{name}, {mode}"
-                )
+                panel.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=f"C{number}", label=label)
+                label = None
 
 
 def show(rows: Sequence[Row], fitted: Sequence[dict[str, Any]]) -> None:
