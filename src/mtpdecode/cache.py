@@ -44,6 +44,12 @@ class KVCacheManager(ABC):
     def commit(self, counts: Tensor) -> None:
         """Keep the first counts[b] tokens past `lengths` in row b. counts (B,), 0 <= counts <= what was written."""
 
+    @property
+    def transformers_cache(self) -> Cache | None:
+        """The transformers Cache of every window, where it is always the same one: what follows its layers can then be registered
+        around a round. None: it is registered around each window."""
+        return None
+
     def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """A layer's keys and values (B, H, S, Dh), to be looked at; what lies past `lengths` is not committed. None: it has none.
 
@@ -142,6 +148,10 @@ class RaggedCache(KVCacheManager):
         return (held.keys[:, :, seen], held.values[:, :, seen]) if is_written else None
 
     @property
+    def transformers_cache(self) -> Cache:
+        return self._cache
+
+    @property
     def layers(self) -> list[Any]:
         """What is held of each layer."""
         return list(self._cache.layers)
@@ -171,9 +181,11 @@ class RaggedCache(KVCacheManager):
         return True
 
     def growing(self) -> list[tuple[Tensor, int]]:
-        """(tensor, axis): the sizes that change when slots grow, for a compiler to leave open."""
+        """(tensor, axis): the sizes that change when slots grow, or with the last window, for a compiler to leave open."""
         layers = [layer for layer in self._cache.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
-        return [(self._slots.numbers, 0), *((tensor, 2) for layer in layers for tensor in layer.held())]
+        held = [(tensor, 2) for layer in layers for tensor in layer.held()]
+        tapes = [(tape, tape.dim() - 1) for layer in self._recurrent for tape in layer.tapes]
+        return [(self._slots.numbers, 0), *held, *tapes]
 
 
 def _mode(device: torch.device) -> tuple[object, ...]:
@@ -459,6 +471,10 @@ class CropCache(KVCacheManager):
                 "Commit no more than the last window held."
             )
         self.lengths = self.lengths + counts
+
+    @property
+    def transformers_cache(self) -> Cache:
+        return self._cache
 
     def kept(self, layer: int) -> tuple[Tensor, Tensor] | None:
         held: Any = self._cache.layers[layer]

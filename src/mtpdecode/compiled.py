@@ -10,10 +10,8 @@ from weakref import ref
 import torch
 
 from .cache import RaggedCache
-from .distances import LEARNED
 from .loop import Clock, Roles, decode_round
-from .proposer import MTPProposer
-from .recurrent import HookedLayer
+from .recurrent import RecurrentLayer
 from .state import DecodeState, Noise, Verdict
 from .verifier import Verifier
 
@@ -21,8 +19,9 @@ from .verifier import Verifier
 class CompiledRound:
     """`decode_round`, compiled whole; a model that cannot be traced whole is compiled in pieces, with a warning that says why.
 
-    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. What is
-    followed by hooks (recurrent layers, for one) runs as without compilation, with a warning.
+    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. Hooks are
+    there before a round begins, and become part of its graph. A recurrence whose replay asks the host what was kept runs as
+    without compilation, with a warning.
 
     backend  of `torch.compile`
     """
@@ -33,15 +32,15 @@ class CompiledRound:
         self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
-        self._hooked = ""
+        self._asking = ""
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
     ) -> tuple[DecodeState, Verdict]:
         if self._verifier() is not roles.verifier:  # a new call; a walk through the model is too long for every round
-            self._verifier, self._hooked = ref(roles.verifier), _needs_hooks(roles)
-        if self._hooked:
-            self._warn(roles, f"its {self._hooked} are followed by hooks, which no graph holds", "runs as without compiled=True.")
+            self._verifier, self._asking = ref(roles.verifier), _asking(roles)
+        if self._asking:
+            self._warn(roles, f"{self._asking} asks the host how many tokens were kept", "runs as without compiled=True.")
             return decode_round(state, roles, num_speculative_tokens, noise, clock)
         _leave_open(state, roles)
         try:
@@ -66,14 +65,11 @@ class CompiledRound:
         self._has_warned = True
 
 
-def _needs_hooks(roles: Roles) -> str:
-    """What of target or head is followed by hooks that live for one forward; empty: nothing."""
+def _asking(roles: Roles) -> str:
+    """What of a round waits for the host, which no graph does; empty: nothing."""
     layers = [layer for cache in roles.caches if isinstance(cache, RaggedCache) for layer in cache.layers]
-    if any(isinstance(layer, HookedLayer) for layer in layers):
-        return "recurrent layers"
-    if any(type(module).__name__ in LEARNED for module in roles.verifier.target.modules()):
-        return "learned distances"
-    return "indexers" if isinstance(roles.proposer, MTPProposer) and roles.proposer.head.indexers else ""
+    asking = (layer.asks_the_host(roles.width) for layer in layers if isinstance(layer, RecurrentLayer))
+    return next(filter(None, asking), "")
 
 
 MOST_GRAPHS = 64

@@ -7,7 +7,7 @@ texts. Its layers ask the cache where the window begins and get one number; ragg
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,27 +17,51 @@ LEARNED = ("InklingAttention",)
 """Classes of attention whose distances are learned."""
 
 
-@contextmanager
-def told(blocks: Iterable[nn.Module], positions: Tensor) -> Iterator[None]:
-    """In here the queries of a window stand at positions (B, T), in each of the decoder layers that care."""
-    with ExitStack() as hooks:
-        for block in blocks:
-            attention: Any = dict(block.named_children()).get("self_attn")
-            if type(attention).__name__ in LEARNED:
-                place = _Place(attention, positions)
-                hooks.callback(attention.rel_logits_proj.register_forward_pre_hook(place.laid_out).remove)
-                hooks.callback(attention.rel_logits_proj.register_forward_hook(place.put_back).remove)
-                hooks.callback(attention.q_norm.register_forward_hook(place.grown).remove)
-        yield
+class Places:
+    """Where a window's queries stand, for each of the decoder layers that care.
+
+    The hooks live as long as somebody is `listening`, for one window or many; `tell` says where the next one stands.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        found: list[Any] = [dict(block.named_children()).get("self_attn") for block in blocks]
+        self._places = [_Place(attention) for attention in found if type(attention).__name__ in LEARNED]
+        self.is_listening = not self._places  # where no layer cares there is nothing to hear
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """In here the layers are told what was said last."""
+        handles = [handle for place in self._places for handle in place.hooks()]
+        self.is_listening = True
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.is_listening = not self._places
+
+    def tell(self, positions: Tensor) -> None:
+        """The queries of the window that comes stand at positions (B, T)."""
+        for place in self._places:
+            place.stand_at(positions)
 
 
 class _Place:
     """Where the window's queries stand, for one attention."""
 
-    def __init__(self, attention: Any, positions: Tensor) -> None:
-        self.positions, config = positions, attention.config
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+
+    def hooks(self) -> list[Any]:
+        """Register them; -> handles."""
+        bias = self._attention.rel_logits_proj
+        before, behind = bias.register_forward_pre_hook(self.laid_out), bias.register_forward_hook(self.put_back)
+        return [before, behind, self._attention.q_norm.register_forward_hook(self.grown)]
+
+    def stand_at(self, positions: Tensor) -> None:
+        self.positions, config = positions, self._attention.config
         self.growth: Tensor | None = None
-        if config.log_scaling_n_floor is not None and not attention.is_sliding:
+        if config.log_scaling_n_floor is not None and not self._attention.is_sliding:
             count = (positions + 1).float() / config.log_scaling_n_floor
             self.growth = 1.0 + config.log_scaling_alpha * torch.log(count.clamp(min=1.0))
 

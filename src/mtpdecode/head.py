@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .blocks import HalfLayer, PlainLayer, SubLayers, num_streams, own_mixer, rotary_angles, stream_norms, sublayer_kinds
-from .distances import told
+from .distances import Places
 from .errors import UnsupportedModelError
 from .indexer import shared_indexers
 from .layers import MASKS
@@ -54,6 +54,7 @@ class MTPLayer(nn.Module):
         else:
             self.proj = nn.Linear(2 * size, size, bias=has_bias)
         self.block = _new_block(target, spec, config, index)
+        self.places = Places([self.block])
         types = getattr(config, "layer_types", None) or [""]
         self._layer_type = types[index] if spec.depth_types else types[0]
         rotary = rotary_of(target)
@@ -72,18 +73,21 @@ class MTPLayer(nn.Module):
 
         With several residual streams, hidden and what the next draft step is fed are (B, T, streams * D).
         """
+        if not self.places.is_listening:
+            with self.places.listening():
+                return self.forward(embeds, hidden, window, shared)
+        self.places.tell(window.positions)
         if self.spec.zero_first_embedding:
             embeds = embeds.masked_fill((window.positions == 0)[..., None], 0.0)
         x = self._fused(embeds, hidden)
-        with told([self.block], window.positions):
-            raw = self.block(
-                self._apart(x),
-                attention_mask=self._mask(window),
-                position_ids=window.positions,
-                past_key_values=window.cache,
-                use_cache=True,
-                position_embeddings=self._rotated(x, window, shared.rotary),
-            )
+        raw = self.block(
+            self._apart(x),
+            attention_mask=self._mask(window),
+            position_ids=window.positions,
+            past_key_values=window.cache,
+            use_cache=True,
+            position_embeddings=self._rotated(x, window, shared.rotary),
+        )
         raw = (raw[0] if isinstance(raw, tuple) else raw).flatten(2)  # some layers return what they looked at as well
         normed = self._normed(raw, shared)
         return normed, normed if self.spec.recycle == "normed" else raw
@@ -142,7 +146,6 @@ class MTPHead(nn.Module):
     """
 
     draft_vocabulary: Tensor | None
-    _draft_rows: Tensor | None
 
     def __init__(
         self, target: PreTrainedModel, spec: MTPSpec, num_layers: int = 1, draft_vocabulary: Tensor | None = None
@@ -208,6 +211,14 @@ class MTPHead(nn.Module):
         """How many layers the target has."""
         return self.config.num_target_layers  # type: ignore[no-any-return]
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """In here depths register no hooks of their own: they are there already."""
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hooks.enter_context(layer.places.listening())  # type: ignore[union-attr, operator]
+            yield
+
     def restricted(self, draft_vocabulary: Tensor | None) -> MTPHead:
         """The same head, with the same weights, that drafts over draft_vocabulary (n,) int64 only; None: over all ids."""
         head = copy.copy(self)
@@ -219,8 +230,12 @@ class MTPHead(nn.Module):
         weight = self._shared[0].lm_head.weight.detach()
         ids = None if draft_vocabulary is None else draft_vocabulary.to(weight.device)
         self.register_buffer("draft_vocabulary", ids, persistent=False)
-        own = self.spec.lm_head == "own"
-        self.register_buffer("_draft_rows", None if ids is None or own else weight[ids], persistent=False)
+        self._output = [self._shared[0].lm_head if ids is None else _linear(weight[ids])]  # in a list: not a submodule
+
+    @property
+    def drafting(self) -> list[nn.Module]:
+        """What a draft goes through: the head, and the output layer that it borrows, restricted to the draft vocabulary."""
+        return [self, *(() if self.spec.lm_head == "own" else self._output)]
 
     def _share_parts(self) -> None:
         """Depths that the checkpoint gives one tensor have one module."""
@@ -250,11 +265,8 @@ class MTPHead(nn.Module):
         if self.spec.lm_head == "own":
             logits: Tensor = self.layers[depth].lm_head(normed)  # type: ignore[operator]
             return logits if self.draft_vocabulary is None else logits[..., self.draft_vocabulary]
-        lm_head = self._shared[0].lm_head
-        normed = normed.to(lm_head.weight.dtype)
-        if self._draft_rows is None:
-            return lm_head(normed)[..., : self.vocab_size]  # type: ignore[no-any-return]
-        return F.linear(normed, self._draft_rows)
+        output = self._output[0]
+        return output(normed.to(output.weight.dtype))[..., : self.vocab_size]  # type: ignore[no-any-return]
 
     def token_ids(self, choices: Tensor) -> Tensor:
         """Places in the draft vocabulary -> token ids."""
@@ -354,6 +366,13 @@ def _block_origin(config: PreTrainedConfig, spec: MTPSpec, target: PreTrainedMod
             "Load the checkpoint with its own config, or pass spec=spec.replace(block_layer_type=...)."
         )
     return max(i for i, name in enumerate(types) if name == spec.block_layer_type)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """weight (out, in), as the Linear that has it."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def fresh_norm(norm: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,16 +36,41 @@ def shared_indexers(blocks: Iterable[nn.Module], spec: MTPSpec, config: PreTrain
     return [block.get_submodule("self_attn.indexer") for block in blocks]
 
 
-@contextmanager
-def recorded(indexers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, every choice that one of these makes: (B, T, k), the best k slots for each of T queries; or (B, 1, T, slots)."""
-    choices: list[Tensor] = []
-    handles = [indexer.register_forward_hook(lambda _, args, choice: choices.append(choice)) for indexer in indexers]
-    try:
-        yield choices
-    finally:
-        for handle in handles:
-            handle.remove()
+class Choices:
+    """The last choice that one of some indexers made: (B, T, k), the best k slots for each of T queries; or (B, 1, T, slots).
+
+    The hooks live as long as somebody is `listening`; what is chosen behind `taken` is nobody's business.
+    """
+
+    def __init__(self, indexers: Iterable[nn.Module]) -> None:
+        self._indexers = list(indexers)
+        self.is_listening = not self._indexers
+        self._last: Tensor | None = None
+        self._is_wanted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """In here choices are heard, once `wanted` was called."""
+        handles, self.is_listening = [indexer.register_forward_hook(self._hear) for indexer in self._indexers], True
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.is_listening = not self._indexers
+
+    def wanted(self) -> None:
+        """From here on."""
+        self._last, self._is_wanted = None, True
+
+    def taken(self) -> Tensor | None:
+        """The last one since `wanted`; None: nothing was chosen."""
+        last, self._last, self._is_wanted = self._last, None, False
+        return last
+
+    def _hear(self, _: nn.Module, args: Any, choice: Tensor) -> None:
+        if self._is_wanted:
+            self._last = choice
 
 
 def chosen(choice: Tensor, window: Window, counts: Tensor) -> Tensor:

@@ -166,14 +166,13 @@ def decode(
     """
     clock, lengths, rest = Clock(metrics.seconds), prompt.lengths.tolist(), Rest()
     roles.reserve(max(lengths))
-    with roles.verifier.tap.listening():
-        state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
+    state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     while not all(done):
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths))
         state = rest.before(state, roles, num_drafted)
-        with roles.verifier.tap.listening():
+        with roles.verifier.listening(), roles.proposer.listening():
             state, verdict = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
         counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from transformers import Cache
 from .cache import KVCacheManager
 from .errors import GenerationError
 from .head import MTPHead
-from .indexer import chosen, narrowed, recorded
+from .indexer import Choices, chosen, narrowed
 from .sampling import Sampler, race
 from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Window
 
@@ -49,6 +51,10 @@ class Proposer(ABC):
     def absorb(self, text: Text, fresh: Fresh) -> None:
         """Part of the prompt went through the target: learn from its hidden states. All but the last lag + 1 are final."""
         return
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Around a round: a proposer whose hooks follow a model registers them here, for a compiled round cannot."""
+        return nullcontext()
 
     @abstractmethod
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
@@ -128,6 +134,12 @@ class MTPProposer(Proposer):
         self.call, self.cache = call, cache
         self.num_depths = self.head.num_depths(call.max_length)
         self.lag = self.num_depths - 1
+        self.choices = Choices(self.head.indexers)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with self.head.listening(), self.choices.listening():
+            yield
 
     def absorb(self, text: Text, fresh: Fresh) -> None:
         window, hidden = self._window(fresh.states.shape[1]), fresh.states
@@ -137,15 +149,19 @@ class MTPProposer(Proposer):
 
     def propose(self, state: DecodeState, num_speculative_tokens: int, noise: Noise) -> Draft:
         """The absorbing pass gives a token per depth; the rest are single steps of the last depth past the end."""
+        if not self.choices.is_listening:
+            with self.choices.listening():
+                return self.propose(state, num_speculative_tokens, noise)
         text, fresh, picks = state.text, state.fresh, []
         window, hidden = self._window(fresh.states.shape[1]), fresh.states
-        with recorded(self.head.indexers) as choices:
-            for depth in range(self.num_depths):
-                normed, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
-                logits = self.head.logits(last_real(normed, fresh.counts)[:, 0], depth % self.head.num_layers)
-                picks.append(self._pick(logits, text, depth, noise))
-                text = text.with_draft(picks[-1].tokens, depth)
-        kept = chosen(choices[-1], window, fresh.counts) if choices else None
+        self.choices.wanted()
+        for depth in range(self.num_depths):
+            normed, hidden = self._chained(depth, text, self._fed(hidden, fresh), window)
+            logits = self.head.logits(last_real(normed, fresh.counts)[:, 0], depth % self.head.num_layers)
+            picks.append(self._pick(logits, text, depth, noise))
+            text = text.with_draft(picks[-1].tokens, depth)
+        choice = self.choices.taken()
+        kept = None if choice is None else chosen(choice, window, fresh.counts)
         absorbed = (fresh.counts - self.lag).clamp(min=0)
         self.cache.commit(absorbed)
         hidden, last = last_real(hidden, fresh.counts), self.num_depths - 1

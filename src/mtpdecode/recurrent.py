@@ -22,7 +22,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from math import expm1, inf, log
 from typing import Any, NamedTuple
 
@@ -155,11 +154,11 @@ def kind_of(module: nn.Module) -> RecurrentKind | None:
 
 
 class HookedLayer(ABC):
-    """A layer of a cache that needs hooks on the model's own modules while a window goes through them."""
+    """A layer of a cache that needs hooks on the model's own modules while windows go through them."""
 
     @abstractmethod
     def hooks(self) -> list[Any]:
-        """Register them; -> handles, to be removed behind the forward pass."""
+        """Register them; -> handles, to be removed behind the forward pass, or the round."""
 
 
 class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
@@ -179,7 +178,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         self._plan = plan
         self.record_past = True  # no model is to write a single token into the state it was lent, if it asks
         self._mixer, self._kind = plan.mixer, kind_of(plan.mixer) if plan.mixer is not None else None
-        self._blanks = plan.blanks
+        self._blanks, limits = plan.blanks, self._kind.limits if self._kind else ""
+        self._limits = _Limits(plan.mixer, limits) if limits else None
+        self._ears = [_Ear(self, name) for name in self._kind.inputs] if self._kind else []
         self._tapes: dict[int, Tensor] = {}
         self._starts: dict[int, Tensor] = {}
         self._state: Tensor | None = None
@@ -188,6 +189,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     def forget(self) -> None:
         """As new: another text begins."""
         RecurrentLayer.__init__(self, self._plan)
+
+    @property
+    def tapes(self) -> list[Tensor]:
+        """(B, ..., n) of each convolution: n goes by the last window."""
+        return list(self._tapes.values())
 
     def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:
         """A window of so many tokens begins, `offset` (B,) behind what is committed; the first prompt (B,) are of the prompt."""
@@ -202,6 +208,15 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         if self._state is not None:
             self.recurrent_states[0] = self._state.clone() if num_tokens == 1 else self._state
 
+    def asks_the_host(self, num_tokens: int) -> str:
+        """What makes a commit of so many tokens ask the host how many were kept; empty: nothing does."""
+        if self._kind is None or not self._kind.inputs:
+            return ""
+        name = f"the replay of {self._kind.mixer}"
+        if self._kind.terms is None:
+            return name
+        return f"{name} over {num_tokens} tokens, more than {FEW}," if num_tokens > FEW else ""
+
     def commit(self, counts: Tensor) -> None:
         """Keep the first counts[b] tokens behind what is committed in row b."""
         if self._recorded:
@@ -210,7 +225,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
             self._starts[index] = starts + counts.to(starts.device)
         if self._end is not None and self._state is not None:
             self._state = self._kept(counts.to(self._state.device), self._state, self._end)
-        self._recorded, self._end = {}, None
+        self._recorded, self._end, self._is_inside = {}, None, False
 
     # ── what transformers calls ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -283,18 +298,16 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
 
         Inside the prompt there is nothing to hear: every row will keep the whole window, and little of it is held in memory.
         """
-        mixer, kind = self._mixer, self._kind
-        if mixer is None or kind is None or self._is_inside:
+        if self._mixer is None or self._is_inside:
             return []
-        modules, limits = dict(mixer.named_children()), _Unlimited(mixer, kind.limits) if kind.limits else None
-        handles = [modules[name].register_forward_hook(partial(self._hear, name, limits)) for name in kind.inputs]
-        return handles + ([limits] if limits else [])
+        modules = dict(self._mixer.named_children())
+        handles: list[Any] = [modules[ear.name].register_forward_hook(ear.hear) for ear in self._ears]
+        return handles + ([self._limits.lifted()] if self._limits else [])
 
-    def _hear(
-        self, name: str, limits: _Unlimited | None, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        limited = None if limits is None or self._prompt is None else limits.applied(output, self._prompt.to(output.device))
-        self._recorded[name], self._input = output if limited is None else limited, inputs[0]
+    def _hear(self, name: str, given: Tensor, output: Tensor) -> Tensor | None:
+        limits, prompt = self._limits, self._prompt
+        limited = None if limits is None or prompt is None else limits.applied(output, prompt.to(output.device))
+        self._recorded[name], self._input = output if limited is None else limited, given
         return limited
 
     def _kept(self, counts: Tensor, state: Tensor, end: Tensor) -> Tensor:
@@ -331,7 +344,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         stand_ins |= {name: _returning(output[rows, :length]) for name, output in self._recorded.items()}
         twin = copy.copy(mixer)
         if kind.limits:
-            _Unlimited(twin, kind.limits)  # what it is handed is within the limits where it is to be
+            setattr(twin, kind.limits, UNLIMITED)  # what it is handed is within the limits where it is to be
         twin._modules = {**mixer._modules, **stand_ins}
         states, index = self._states_before(rows), int(mixer.layer_idx)  # type: ignore[arg-type]
         type(mixer).forward(twin, self._input[rows, :length], cache_params=Cache(layers=[states] * (index + 1)))
@@ -351,12 +364,28 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         return states
 
 
-class _Unlimited:
-    """A mixer that holds no time step to its limits, until they are put back by `remove`."""
+class _Ear:
+    """Hears one projection of a layer's mixer."""
+
+    def __init__(self, layer: RecurrentLayer, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def hear(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return self.layer._hear(self.name, inputs[0], output)
+
+
+UNLIMITED = (0.0, inf)
+
+
+class _Limits:
+    """The limits to which a mixer holds its time steps: lifted while we hold them to it ourselves, and put back by `remove`."""
 
     def __init__(self, mixer: Any, attribute: str) -> None:
         self.mixer, self.attribute, self.limits = mixer, attribute, getattr(mixer, attribute)
-        setattr(mixer, attribute, (0.0, inf))
+
+    def lifted(self) -> _Limits:
+        setattr(self.mixer, self.attribute, UNLIMITED)
+        return self
 
     def remove(self) -> None:
         setattr(self.mixer, self.attribute, self.limits)

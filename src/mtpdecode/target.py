@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from .distances import told
+from .distances import Places
 from .errors import UnsupportedModelError
 from .recurrent import listening
 from .state import Window
@@ -124,28 +124,46 @@ def check_own_code(model: PreTrainedModel) -> None:
 
 
 class Tap:
-    """Hears the hidden states that a head wants where the model makes them: at its final norm, or at the mixer of its streams.
-
-    The hook lives as long as somebody listens; the model is as it was before and after.
-    """
+    """Hears the hidden states that a head wants where the model makes them: at its final norm, or at the mixer of its streams."""
 
     def __init__(self, model: PreTrainedModel, hidden: Hidden) -> None:
         module = mixer_of(model) if hidden == "streams" else final_norm_of(model)
         assert module is not None  # no head that is fed streams can be built for a target without them
-        self.module, self.hidden, self.is_listening = module, hidden, False
+        self.module, self.hidden = module, hidden
         self.heard = torch.empty(0)
 
     @contextmanager
-    def listening(self) -> Iterator[Tap]:
-        handle, self.is_listening = self.module.register_forward_hook(self._hear), True
+    def listening(self) -> Iterator[None]:
+        handle = self.module.register_forward_hook(self._hear)
         try:
-            yield self
+            yield
         finally:
             handle.remove()
-            self.is_listening = False
 
     def _hear(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.heard = output if self.hidden == "post_norm" else args[0].flatten(2)  # streams one behind the other
+
+
+class Ears:
+    """All that follows what a target does in a window: the head's tap, the layers of the cache, what is told of distances.
+
+    The hooks live as long as somebody listens: for one forward pass, or for a whole round, which can then be one graph. The model
+    is as it was before and after.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden: Hidden) -> None:
+        self.tap, self.places = Tap(model, hidden), Places(decoder_of(model).layers)
+        self.cache: Cache | None = None
+
+    @contextmanager
+    def listening(self, cache: Cache) -> Iterator[None]:
+        """In here windows of this cache are followed."""
+        with self.tap.listening(), self.places.listening(), listening(cache):
+            self.cache = cache
+            try:
+                yield
+            finally:
+                self.cache = None
 
 
 def forward(
@@ -153,29 +171,30 @@ def forward(
     inputs: dict[str, Tensor],
     window: Window,
     num_logits: int,
-    hidden: Hidden | Tap,
+    hidden: Hidden | Ears,
     extra: Mapping[str, Any] | None = None,
 ) -> TargetOutput:
     """One forward pass over a window. inputs: {"input_ids": (B, T)} or {"inputs_embeds": (B, T, D)}.
 
-    hidden  which hidden states are wanted, or a tap that is listening for them
+    hidden  which hidden states are wanted, or the ears that hear them
     """
-    if not isinstance(hidden, Tap):
-        with Tap(model, hidden).listening() as tap:
-            return forward(model, inputs, window, num_logits, tap, extra)
+    ears = hidden if isinstance(hidden, Ears) else Ears(model, hidden)
+    if ears.cache is not window.cache:
+        with ears.listening(window.cache):
+            return forward(model, inputs, window, num_logits, ears, extra)
+    ears.places.tell(window.positions)
     num_tokens = window.positions.shape[1]
     kept = torch.arange(num_tokens - num_logits, num_tokens, device=window.positions.device)
-    with listening(window.cache), told(decoder_of(model).layers, window.positions):
-        logits = model(
-            **inputs,
-            **(extra or {}),
-            attention_mask=window.mask,
-            position_ids=window.positions if window.axes is None else window.axes,
-            past_key_values=window.cache,
-            use_cache=True,
-            logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too
-        ).logits
-    return TargetOutput(logits, hidden.heard)
+    logits = model(
+        **inputs,
+        **(extra or {}),
+        attention_mask=window.mask,
+        position_ids=window.positions if window.axes is None else window.axes,
+        past_key_values=window.cache,
+        use_cache=True,
+        logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too
+    ).logits
+    return TargetOutput(logits, ears.tap.heard)
 
 
 def training_modules(*roots: nn.Module) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .cache import KVCacheManager
 from .media import embedded, with_images
 from .sampling import Sampler
 from .state import DecodeState, Draft, Prompt
-from .target import Hidden, Tap, forward, text_config
+from .target import Ears, Hidden, forward, text_config
 
 
 class Verifier:
@@ -31,7 +32,11 @@ class Verifier:
         prompt: Prompt,
     ) -> None:
         self.target, self.cache, self.sampler, self.hidden, self.prompt = target, cache, sampler, hidden, prompt
-        self.tap = Tap(target, hidden)
+        self.ears = Ears(target, hidden)
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Around a round: what follows the target is registered here, once, and outside of a graph."""
+        return nullcontext() if self.cache.transformers_cache is None else self.ears.listening(self.cache.transformers_cache)
 
     def read(self, start: int, num_tokens: int, counts: Tensor) -> Tensor:
         """Prefill: the prompt's tokens from slot `start` on; keeps counts (B,) of them. -> hidden (B, num_tokens, D).
@@ -64,4 +69,4 @@ class Verifier:
         inputs = {"input_ids": tokens}
         if self.prompt.embeds is not None:
             inputs = self.prompt.inputs(embedded(self.target, tokens), window.positions)
-        return forward(self.target, inputs, window, num_logits, self.tap if self.tap.is_listening else self.hidden, media)
+        return forward(self.target, inputs, window, num_logits, self.ears, media)

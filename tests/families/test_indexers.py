@@ -14,7 +14,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 from mtpdecode import CropCache, MTPDecoder, MTPHead, RaggedCache, UnsupportedModelError
 from mtpdecode import cache as cache_module
 from mtpdecode.cache import CacheLayout
-from mtpdecode.indexer import chosen, narrowed, recorded
+from mtpdecode.indexer import Choices, chosen, narrowed
 from mtpdecode.layers import layer_windows
 from mtpdecode.state import Window
 from tests import tiny
@@ -201,10 +201,17 @@ def test_the_config_says_whether_choices_are_shared(family):
 
 def test_nothing_is_recorded_behind_the_first_step():
     indexer = torch.nn.Identity()
-    with recorded([indexer]) as choices:
+    choices = Choices([indexer])
+    with choices.listening():
+        indexer(torch.zeros(1))
+        choices.wanted()
         indexer(torch.ones(1))
+        taken = choices.taken()
+        indexer(torch.zeros(1))
+    assert taken.tolist() == [1.0]
+    choices.wanted()
     indexer(torch.zeros(1))
-    assert torch.cat(choices).tolist() == [1.0]
+    assert choices.taken() is None, "nobody listens"
 
 
 def test_a_shared_choice_of_keys_where_none_are_chosen_is_refused():

@@ -48,12 +48,12 @@ def limits_for_all(monkeypatch):
 
 
 def limits_for_none(monkeypatch):
-    monkeypatch.setattr(recurrent._Unlimited, "applied", lambda self, output, prompt: output)
+    monkeypatch.setattr(recurrent._Limits, "applied", lambda self, output, prompt: output)
 
 
 def limits_but_for_the_last(monkeypatch):
-    applied = recurrent._Unlimited.applied
-    monkeypatch.setattr(recurrent._Unlimited, "applied", lambda self, output, prompt: applied(self, output, prompt - 1))
+    applied = recurrent._Limits.applied
+    monkeypatch.setattr(recurrent._Limits, "applied", lambda self, output, prompt: applied(self, output, prompt - 1))
 
 
 @pytest.mark.parametrize("plant", [limits_for_all, limits_for_none, limits_but_for_the_last])
