@@ -23,7 +23,7 @@ import mtpdecode
 from benchmarks import common
 from benchmarks.common import Prompt
 from benchmarks.roofline import bandwidth, readers, round_bytes
-from benchmarks.timers import FORWARDS, HOST, PARTS, REST, Stopwatch, marking, rounds, watching
+from benchmarks.timers import FORWARDS, PARTS, Stopwatch, marking, rounds, watching
 from mtpdecode.compiled import CompiledRound
 
 EAGER, COMPILED = "eager", "compiled"
@@ -207,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(summaries, speed)
     if late:
         print(f"{late} graphs were made while measuring: the runs that they fell into are too long, and medians may be.")
-    print(f"Of a compiled round, '{REST}' holds all of ours in the graph, and '{HOST}' the loop around it.")
     common.write(args.out, "round", result)
     print(json.dumps({f"{s['mode']} K={s['K']}": round(s["outside"]["median"], 4) for s in summaries}))
 

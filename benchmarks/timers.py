@@ -19,17 +19,18 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mtpdecode
-from mtpdecode import loop, verifier
+from mtpdecode import compiled, loop, verifier
 from mtpdecode.cache import _RaggedLayer
 from mtpdecode.sampling import Sampler
-from mtpdecode.state import Window
+from mtpdecode.state import DecodeState, Verdict, Window
 from mtpdecode.stopping import Stopping
 
 TARGET = "target forward"
 ABSORB, STEPS, VOCABULARY = "head: absorb and first draft", "head: further drafts", "head: vocabulary product"
-REST, HOST = "all else in the round", "host: read tokens, loop"
-OURS = ("processors", "acceptance", "stopping", "caches", REST, HOST)
-"""Parts outside of the forwards. Of a compiled round only the last two are known: the others are one with the graph."""
+IN_GRAPH, REST, HOST = "ours in the graph", "bookkeeping; guards", "host: read tokens, loop"
+OURS = ("processors", "acceptance", "stopping", "caches", IN_GRAPH, REST, HOST)
+"""Parts outside of the forwards. Of a compiled round only the last three are known: the others are one in the graph, and what
+is around it finds the graph and checks that it holds. The graph is a part of compiled rounds only."""
 FORWARDS = (TARGET, ABSORB, STEPS, VOCABULARY)
 PARTS = (*FORWARDS, *OURS)
 ATTENTION = {TARGET: "target: attention", ABSORB: "head: attention", STEPS: "head: attention"}
@@ -154,7 +155,8 @@ def _watching_attention(watch: Stopwatch) -> Iterator[None]:
 
 # ── inside of a graph ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-LEAVE = len(FORWARDS)
+MARKS = (*FORWARDS, IN_GRAPH)
+LEAVE = len(MARKS)
 _MARKED = [Stopwatch()]
 """Who hears the marks; a graph can hold no stopwatch."""
 
@@ -167,7 +169,7 @@ def _mark(before: Sequence[Tensor], part: int) -> Tensor:
     if part == LEAVE:
         _MARKED[0].leave()
     else:
-        _MARKED[0].enter(FORWARDS[part])
+        _MARKED[0].enter(MARKS[part])
     return torch.zeros((), dtype=torch.long, device=before[0].device)
 
 
@@ -190,23 +192,32 @@ def _masks(window: Window) -> list[Tensor]:
     return [mask for mask in masks if mask is not None]
 
 
-_forward, _head_forward, _head_logits = verifier.forward, mtpdecode.MTPHead.forward, mtpdecode.MTPHead.logits
+_round, _forward = compiled.decode_round, verifier.forward
+_head_forward, _head_logits = mtpdecode.MTPHead.forward, mtpdecode.MTPHead.logits
+
+
+def _marked_round(state: DecodeState, *rest: Any) -> tuple[DecodeState, Verdict]:
+    """Both ends of a graph: everything begins with the lengths, and ends with what is appended."""
+    (lengths,) = _marked([state.text.lengths], MARKS.index(IN_GRAPH))
+    state, verdict = _round(state._replace(text=state.text._replace(lengths=lengths)), *rest)
+    ends = [state.text.tokens, state.fresh.states, *verdict]
+    return state, Verdict(*_marked(ends, LEAVE)[2:])
 
 
 def _marked_forward(model: Any, inputs: dict[str, Tensor], window: Window, *rest: Any) -> Any:
-    *values, positions = _marked([*inputs.values(), window.positions], FORWARDS.index(TARGET), _masks(window))
+    *values, positions = _marked([*inputs.values(), window.positions], MARKS.index(TARGET), _masks(window))
     output = _forward(model, dict(zip(inputs, values, strict=True)), _placed(window, positions), *rest)
     return type(output)(*_marked(list(output), LEAVE))
 
 
 def _marked_head_forward(self: Any, depth: int, embeds: Tensor, hidden: Tensor, window: Window) -> tuple[Tensor, ...]:
-    part = FORWARDS.index(_head_part(depth, embeds))
+    part = MARKS.index(_head_part(depth, embeds))
     embeds, hidden, positions = _marked([embeds, hidden, window.positions], part, _masks(window))
     return tuple(_marked(_head_forward(self, depth, embeds, hidden, _placed(window, positions)), LEAVE))
 
 
 def _marked_head_logits(self: Any, normed: Tensor, depth: int = 0) -> Tensor:
-    (normed,) = _marked([normed], FORWARDS.index(VOCABULARY))
+    (normed,) = _marked([normed], MARKS.index(VOCABULARY))
     return _marked([_head_logits(self, normed, depth)], LEAVE)[0]
 
 
@@ -219,6 +230,7 @@ def marking(decoder: mtpdecode.MTPDecoder, watch: Stopwatch) -> Iterator[None]:
     """
     _MARKED[0] = watch
     with (
+        patch.object(compiled, "decode_round", _marked_round),
         patch.object(verifier, "forward", _marked_forward),
         patch.object(mtpdecode.MTPHead, "forward", _marked_head_forward),
         patch.object(mtpdecode.MTPHead, "logits", _marked_head_logits),
