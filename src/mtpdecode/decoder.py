@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +20,7 @@ from transformers.utils.logging import tqdm
 
 from .acceptance import Acceptance, acceptance_named
 from .assistant import Assistant, AssistantProposer, assistant_for
+from .attention import folding
 from .cache import CacheLayout, KVCacheManager, RaggedCache
 from .compiled import CompiledRound
 from .errors import GenerationError
@@ -27,6 +29,7 @@ from .layers import check_attention, layer_plans, layer_windows
 from .loading import head_for, load_target, save_together
 from .loop import Roles, Round, Step, decode, decode_round
 from .metrics import Metrics
+from .packing import Packing
 from .proposer import Call, DraftSampling, MixedProposer, MTPProposer, NGramProposer, NoDraft, Proposer
 from .rehearsal import rehearse
 from .request import (
@@ -45,7 +48,7 @@ from .sampling import Sampler
 from .schedule import DraftSchedule, ExpectedSpeedup, Trial, schedule_for
 from .spec import MTPSpec
 from .state import Noise, Purpose
-from .target import check_own_code, decoder_of, evaluating, has_own_code, text_config, training_modules
+from .target import check_own_code, decoder_of, evaluating, has_own_code, lm_head_of, text_config, training_modules
 from .verifier import Verifier
 from .vocabulary import DraftVocabulary, draft_ids
 
@@ -97,7 +100,7 @@ NO_TOKEN = -1
 
 HOW_TO_BUILD = (
     *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
-    *("draft_vocabulary", "lookup", "compiled"),
+    *("draft_vocabulary", "lookup", "compiled", "packed"),
 )
 """The keywords of `MTPDecoder.from_model`."""
 
@@ -120,6 +123,7 @@ class MTPDecoder:
         if has_own_code(target):
             rehearse(target, layout)
         self.step: Step = decode_round
+        self.packing = Packing(())
         self._spare: dict[int, KVCacheManager] = {}  # 0: the target's, 1: the head's; whose call is not over are not among them
         self.verifier: Verifier | None = None
         self.cache: KVCacheManager | None = None
@@ -141,6 +145,7 @@ class MTPDecoder:
         draft_vocabulary: DraftVocabulary | Tensor | Sequence[int] | int | None = None,
         lookup: NGramProposer | None = None,
         compiled: bool = False,
+        packed: bool | None = None,
     ) -> MTPDecoder:
         """Find the target's family, read the head's weights once, build the roles.
 
@@ -155,6 +160,7 @@ class MTPDecoder:
         draft_vocabulary        the only ids that a head drafts: a `DraftVocabulary`, a list, or how many from the first on
         lookup                  where the text repeats itself this drafts instead of the head: NGramProposer(4, min_ngram=3)
         compiled                rounds as compiled graphs: see `warmup`, which makes them ahead
+        packed                  on a CPU: a second copy of the weights, laid out for its products; none: as `compiled` says
 
         Raises UnsupportedModelError, CheckpointError, HeadWeightsError, GenerationError.
         """
@@ -174,6 +180,8 @@ class MTPDecoder:
         decoder = cls(target, proposer, options, cache)
         if compiled:
             decoder.step = CompiledRound()
+        if compiled if packed is None else packed:
+            decoder.packing = Packing(decoder.parts())
         return decoder
 
     @classmethod
@@ -185,29 +193,64 @@ class MTPDecoder:
             settings.setdefault("head", os.fspath(path_or_repo))
         return cls.from_model(target, **settings)
 
+    def parts(self) -> list[nn.Module]:
+        """What tokens go through when they are decoded: the target's decoder and output layer, and what drafts."""
+        drafting = self.head.drafting if self.head else [self.assistant] if self.assistant else []
+        return [decoder_of(self.target), lm_head_of(self.target), *drafting]
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write target and head as one checkpoint, which `from_pretrained` reads back."""
         if self.head is None:
             raise GenerationError("save_pretrained() writes target and head; this decoder has no head. Save the target itself.")
         save_together(self.target, self.head, folder)
 
-    def warmup(self, batch_sizes: Sequence[int] = (1,), num_tokens: int = 64, num_rounds: int = 4, progress: bool = True) -> None:
-        """Measure ahead what rounds cost, for every K that the schedule may choose and every batch size.
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        num_tokens: int | Sequence[int] = 64,
+        num_rounds: int = 4,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        """Measure ahead what rounds cost, for every K that the schedule may choose, every batch size and every length of text.
 
-        num_tokens  length of the made-up prompts        num_rounds  rounds for each K, the first of them not counted
+        num_tokens  length of the made-up prompts, or several lengths        num_rounds  rounds of each K that count
+        options     as for `generate`: greedy without; another way of sampling has other compiled rounds
+
+        Each batch size and length is one call, whose K changes from round to round. Nothing is learned about acceptance, and
+        verifier, cache and metrics stay those of the last call.
         """
-        schedule = self.options.schedule
-        trials = [(rows, k) for rows in batch_sizes for k in schedule.choices]
-        for rows, k in tqdm(trials, desc="warm-up", disable=not progress):
-            inputs = torch.full((rows, num_tokens), 3 % int(text_config(self.target).vocab_size), device=self.target.device)
-            timed = Trial(k)
-            settings = {"max_new_tokens": (k + 1) * num_rounds, "do_sample": False, "eos_token_id": NO_TOKEN}
-            self.generate(inputs, attention_mask=torch.ones_like(inputs), num_speculative_tokens=timed, **settings)
-            for seconds in timed.seconds[1:num_rounds]:
-                schedule.time(k, rows, num_tokens, seconds)
+        lengths = [num_tokens] if isinstance(num_tokens, int) else num_tokens
+        trials = [(Trial(self.options.schedule.choices, num_rounds), *each) for each in product(batch_sizes, lengths)]
+        last, spare, self._spare = (self.verifier, self.cache, self.metrics), self._spare, {}
+        try:
+            with tqdm(total=sum(len(trial.lengths) for trial, *_ in trials), desc="warm-up", disable=not progress) as bar:
+                for each in trials:
+                    self._try_out(*each, options, bar.update)
+        finally:
+            (self.verifier, self.cache, self.metrics), self._spare = last, spare
+
+    def _try_out(self, trial: Trial, num_rows: int, num_tokens: int, options: dict[str, Any], tick: Callable[[], Any]) -> None:
+        """All rounds of one trial."""
+        size, config = int(text_config(self.target).vocab_size), self.target.generation_config
+        middle, many = (size // 4, size // 2), torch.Generator().manual_seed(0)  # no special tokens; work for many experts
+        inputs = torch.randint(*middle, (num_rows, num_tokens), generator=many).to(self.target.device)
+        settings = {"do_sample": False, **options, "num_speculative_tokens": trial}
+        settings["max_new_tokens"] = sum(trial.lengths) + len(trial.lengths)
+        if config is not None and config.eos_token_id is not None:  # as many as usual, but none that is ever written
+            settings["eos_token_id"] = torch.full_like(torch.tensor(config.eos_token_id), NO_TOKEN).tolist()
+        rounds = self.stream(inputs, attention_mask=torch.ones_like(inputs), **settings)
+        for _ in zip(trial.lengths, rounds, strict=False):
+            tick()
+        for k, seconds in trial.seconds.items():
+            for each in seconds:
+                self.options.schedule.time(k, num_rows, num_tokens, each)
 
     def explain(self) -> None:
-        """Print what "auto" expects of every K, and what it has measured: tokens and milliseconds a round, tokens a second."""
+        """Print what "auto" expects of every K, and what it has measured: tokens and milliseconds a round, tokens a second.
+
+        A table for each batch size and length of text (up to a power of two) that calls had, or `warmup` tried out.
+        """
         schedule = self.options.schedule
         if isinstance(schedule, ExpectedSpeedup):
             print(schedule)
@@ -348,10 +391,11 @@ class MTPDecoder:
         chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK
         width = self.head.width if self.head else text_config(self.target).hidden_size
         rounds = decode(request.prompt, request.text, roles, noise, self.metrics, chunk_size, width, self.step)
+        self.packing.renew()
         training = training_modules(self.target, *(part for part in (self.head, self.assistant) if part))
         try:
             while True:
-                with torch.no_grad(), evaluating(training):
+                with torch.no_grad(), evaluating(training), folding(), self.packing.used():
                     round = next(rounds, None)
                 if round is None:
                     return
@@ -375,7 +419,8 @@ class MTPDecoder:
         proposer.begin(call, caches[1] if len(caches) > 1 else None)
         hidden = self.head.spec.hidden if self.head else "post_norm"
         verifier = Verifier(self.target, caches[0], sampler, hidden, request.prompt)
-        return Roles(proposer, verifier, sampler, options.rule, request.stopping, options.schedule, tuple(caches))
+        rule, stopping, schedule = options.rule, request.stopping, options.schedule
+        return Roles(proposer, verifier, sampler, rule, stopping, schedule, tuple(caches), deepest + 1)
 
     def _layout(self, head: MTPHead | None = None, prompt_lengths: Tensor | None = None) -> CacheLayout:
         """What a cache of the target, or of the head, must know: each call anew, for set_attn_implementation may come between."""
