@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from benchmarks import common, shapes
 from benchmarks.shapes import Built
@@ -134,6 +135,7 @@ def _write_for_use_mtp(built: Built, folder: Path) -> None:
     target.config.num_mtp_layers = head.num_layers
     if getattr(target.config, "layer_types", None):
         target.config.mtp_layer_types = target.config.layer_types[: head.num_layers]
+    target._weight_conversions = get_model_conversion_mapping(target)  # 5.17 has it of loaded models alone
     target._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first}\..*"]
 
 

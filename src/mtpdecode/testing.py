@@ -193,7 +193,7 @@ class SyntheticAcceptance(Acceptance):
 
     Draft token k is kept with the chance rates[k - 1] once those before it are, whatever the two laws say; behind the kept tokens
     comes a draw from the target's law. So a round costs what it costs, and gives as many tokens as with a head of these rates.
-    No name leads here, neither `acceptance="synthetic"` nor another: only this class, given as acceptance=SyntheticAcceptance(...).
+    No name leads here, neither acceptance="synthetic" nor another: only this class, as acceptance=SyntheticAcceptance(...).
 
     rates   a chance for each draft position, 0 to 1; positions behind the last have the last
     """
@@ -201,7 +201,8 @@ class SyntheticAcceptance(Acceptance):
     def __init__(self, rates: Sequence[float]) -> None:
         if not rates or not all(0.0 <= rate <= 1.0 for rate in rates):
             raise GenerationError(
-                f"SyntheticAcceptance({rates!r}) was asked for; it wants a chance of 0 to 1 for each draft position, [0.8, 0.6] say."
+                f"SyntheticAcceptance({rates!r}) was asked for; it wants a chance of 0 to 1 for each draft position: "
+                "[0.8, 0.6], say."
             )
         self.rates = tuple(map(float, rates))
 

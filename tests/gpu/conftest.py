@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where a test's models and prompts lie. The CPU proves that the test's body runs."""
