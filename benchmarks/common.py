@@ -44,6 +44,14 @@ class Run(NamedTuple):
     num_forwards: int
 
 
+class Batch(NamedTuple):
+    """One decoding of several prompts together. tokens: the new ones of every row. num_forwards: as in a `Run`."""
+
+    tokens: list[list[int]]
+    seconds: float
+    num_forwards: int
+
+
 # ── settings ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -139,18 +147,31 @@ def timed(
     decoder: mtpdecode.MTPDecoder | None = None,
     **options: Any,
 ) -> Run:
-    """One prompt through any `generate`: every contender's tokens, seconds and forwards are taken here and nowhere else.
+    """One prompt through any `generate`: see `timed_batch`."""
+    batch = timed_batch(model, generate, [prompt], decoder, **options)
+    return Run(batch.tokens[0], batch.seconds, batch.num_forwards)
+
+
+def timed_batch(
+    model: PreTrainedModel,
+    generate: Callable[..., Any],
+    rows: Sequence[Prompt],
+    decoder: mtpdecode.MTPDecoder | None = None,
+    **options: Any,
+) -> Batch:
+    """Some prompts through any `generate`: every contender's tokens, seconds and forwards are taken here and nowhere else.
 
     decoder  what to ask for the number of forwards; without one they are counted by a hook, which a graph would not see
     """
-    inputs = left_padded([prompt], 0)
+    inputs = {name: tensor.to(model.device) for name, tensor in left_padded(rows, eos_ids(model)[0] or 0).items()}
     with ExitStack() as stack:
         forwards = [] if decoder else stack.enter_context(counted_forwards(model))
         start = time.perf_counter()
-        output = generate(**inputs, **options)
+        output = generate(**inputs, **options).cpu()  # on the host, so that all of it has been computed
         seconds = time.perf_counter() - start
     num_forwards = 1 + decoder.metrics.num_rounds if decoder else len(forwards)
-    return Run(new_tokens(output[0], len(prompt.ids), eos_ids(model)), seconds, num_forwards)
+    width, ends = inputs["input_ids"].shape[1], eos_ids(model)
+    return Batch([new_tokens(row, width, ends) for row in output], seconds, num_forwards)
 
 
 # ── reporting ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,22 +186,24 @@ def card(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "settings": settings,
         "prompts_available": {kind: len(texts) for kind, texts in PROMPTS.items()},
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load_average": round(os.getloadavg()[0], 2),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {
-            "mtpdecode": mtpdecode.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 
-def _cpu_name() -> str:
+def versions() -> dict[str, str]:
+    """Of what was measured, and of what it runs on."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"mtpdecode": mtpdecode.__version__, "python": platform.python_version(), **packages}
+
+
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -34,21 +34,62 @@ def spread(values: dict[str, float]) -> str:
 
 
 def wall_clock(result: dict[str, Any]) -> str:
-    """One table per dtype: milliseconds per token and times plain, median and quartiles."""
-    parts = []
-    for dtype, figures in result["dtypes"].items():
-        contenders, texts = figures["contenders"], figures["contenders"][0]["texts"]
-        tokens = result["settings"]["max_new_tokens"]
-        parts.append(
-            f"Wall clock, batch 1, greedy, {dtype}, {texts} texts of up to {tokens} tokens, interleaved ({machine(result)}):\n\n"
-        )
-        kinds = list(contenders[0]["ratio_by_kind"])
-        rows = [
-            (c["contender"], spread(c["ms_per_token"]), spread(c["ratio"]), *c["ratio_by_kind"].values(), c["tokens_per_forward"])
-            for c in contenders
-        ]
-        parts.append(table(["", "ms/token", "times plain", *kinds, "tokens/forward"], rows) + "\n")
-    return "".join(parts)
+    """One table per dtype for single prompts as they are, greedy; a small one for all other cells."""
+    single = [cell for cell in result["cells"] if is_single(cell)]
+    others = [cell for cell in result["cells"] if not is_single(cell)]
+    return "".join(map(contenders, single)) + (grid(others) if others else "")
+
+
+def is_single(cell: dict[str, Any]) -> bool:
+    return (cell["batch_size"], cell["temperature"], cell["context"]) == (1, 0, 0)
+
+
+def contenders(cell: dict[str, Any]) -> str:
+    """Everybody in one cell: milliseconds per token and times plain, median and quartiles."""
+    texts, tokens = cell["contenders"][0]["texts"], cell["settings"]["max_new_tokens"]
+    title = f"Wall clock, batch 1, greedy, {cell['dtype']}, {texts} texts of up to {tokens} tokens, interleaved ({machine(cell)})"
+    kinds = list(cell["contenders"][0]["ratio_by_kind"])
+    ratios = ("ratio", "ratio_to_best_plain")
+    rows = [
+        (c["contender"], spread(c["ms_per_token"]), *(spread(c[name]) for name in ratios), *c["ratio_by_kind"].values(), *kept(c))
+        for c in cell["contenders"]
+    ]
+    header = ["", "ms/token", "times plain", f"times {cell['best_plain']}", *kinds, "tau", "accepted by position"]
+    return f"{title}:\n\n" + table(header, rows) + "\n"
+
+
+def kept(contender: dict[str, Any]) -> tuple[float | str, str]:
+    """What a speed rests on: tokens per forward, and the acceptance by draft position."""
+    rates = " ".join("-" if rate is None else f"{rate:.2f}" for rate in contender["accepted"] or ())
+    return "" if contender["tau"] is None else contender["tau"], rates
+
+
+IN_GRID = (
+    *("generate", "generate use_mtp", "generate prompt lookup", "mtpdecode auto"),
+    *("mtpdecode compiled auto", "mtpdecode compiled lookup auto", "mtpdecode compiled random head auto"),
+)
+"""The contenders of the small table, where they were measured."""
+
+
+def grid(cells: list[dict[str, Any]]) -> str:
+    """A line a cell: how many times as fast as the best plain way there, and tau in brackets."""
+    found = [{c["contender"]: c for c in cell["contenders"]} for cell in cells]
+    names = [name for name in IN_GRID if any(name in each for each in found)]
+    rows = [
+        (*where(cell), *(beside_best(each[name]) if name in each else "" for name in names))
+        for cell, each in zip(cells, found, strict=True)
+    ]
+    title = "Other cells: times the best plain way of the cell, and tau in brackets"
+    return f"{title}:\n\n" + table(["dtype", "batch", "temperature", "context", "best plain", *names], rows) + "\n"
+
+
+def where(cell: dict[str, Any]) -> tuple[object, ...]:
+    return cell["dtype"], cell["batch_size"], f"{cell['temperature']:g}", cell["context"] or "short", cell["best_plain"]
+
+
+def beside_best(contender: dict[str, Any]) -> str:
+    ratio, tau = contender["ratio_to_best_plain"]["median"], contender["tau"]
+    return f"{ratio:.2f}" if tau is None else f"{ratio:.2f} ({tau:.2f})"
 
 
 def acceptance(result: dict[str, Any]) -> str:
