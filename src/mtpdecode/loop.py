@@ -25,7 +25,11 @@ NOBODY = NoDraft()
 
 
 class Roles(NamedTuple):
-    """Who does what in a call. rule: None compares the draft with the target's own draws."""
+    """Who does what in a call. rule: None compares the draft with the target's own draws.
+
+    width  the widest window W: the largest K, and the pending token; a number of its own, so that no compiled round looks at the
+           schedule to find it, and the same graphs serve all schedules
+    """
 
     proposer: Proposer
     verifier: Verifier
@@ -34,11 +38,7 @@ class Roles(NamedTuple):
     stopping: Stopping
     schedule: DraftSchedule
     caches: tuple[KVCacheManager, ...]
-
-    @property
-    def width(self) -> int:
-        """The widest window W: the largest K, and the pending token."""
-        return max(self.schedule.choices) + 1
+    width: int
 
     def reserve(self, num_tokens: int) -> None:
         """Slots for the next round of rows that hold at most num_tokens: the widest window, and what the head drafts past it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from random import Random
 from statistics import median_low
 from typing import NamedTuple
 
@@ -57,15 +59,57 @@ class FixedLength(DraftSchedule):
         return self.choices[0]
 
 
-class Trial(FixedLength):
-    """The same K every round, and what each of them took."""
+class Trial(DraftSchedule):
+    """Every K in one call, again and again in another order, and what its rounds took.
 
-    def __init__(self, num_speculative_tokens: int) -> None:
-        super().__init__(num_speculative_tokens)
-        self.seconds: list[float] = []
+        choices 0 1 2      rounds  2 0 1 | 1 2 0 | 2 2 1 0 | 1 1 0 2 ...
+                           count   - - -   x x x   - x x x   - x x x
+
+    The first round of a K does not count, for it may have been compiled; nor does one behind a round with K = 0, which teaches
+    the head what it missed: both come once more.
+
+    lengths  K of every round        seconds  K -> what those that count took
+    """
+
+    def __init__(self, choices: Sequence[int], num_rounds: int) -> None:
+        self.choices = tuple(choices)
+        plan = list(_tried(self.choices, num_rounds))
+        self.lengths = [k for k, _ in plan]
+        self.seconds: dict[int, list[float]] = {k: [] for k in self.choices}
+        self._next, self._counting = iter(self.lengths), iter([counts for _, counts in plan])
+
+    def next_length(self, metrics: Metrics) -> int:
+        return next(self._next, self.choices[0])
 
     def observe(self, seen: Seen) -> None:
-        self.seconds.append(seen.seconds)
+        if next(self._counting, False):
+            self.seconds[seen.num_drafted].append(seen.seconds)
+
+
+def _tried(choices: Sequence[int], num_rounds: int) -> Iterator[tuple[int, bool]]:
+    """(K, whether it counts): every K once, then num_rounds times."""
+    chance, before = Random(0), 0
+    for number in range(num_rounds + 1):
+        for k in chance.sample(choices, len(choices)):
+            if number and k and not before:
+                yield k, False
+            yield k, number > 0
+            before = k
+
+
+class Place(NamedTuple):
+    """What costs are compared at: the number of rows, and the longest text's length in binary digits."""
+
+    num_rows: int
+    length: int
+
+    def __str__(self) -> str:
+        rows = f"{self.num_rows} row{'s' if self.num_rows > 1 else ''}"
+        return f"{rows}, texts of {2**self.length // 2} to {2**self.length - 1} tokens"
+
+
+def _place(num_rows: int, num_tokens: int) -> Place:
+    return Place(num_rows, num_tokens.bit_length())
 
 
 class Outlook(NamedTuple):
@@ -112,9 +156,9 @@ class ExpectedSpeedup(DraftSchedule):
         self.choices = tuple(range(longest + 1))
         self.start, self.margin, self.budget, self.forgetting = start, margin, budget, 1 - 1 / memory
         self._tried, self._kept = [0.0] * longest, [0.0] * longest
-        self._costs: dict[tuple[int, int], dict[int, deque[float]]] = defaultdict(dict)
+        self._costs: dict[Place, dict[int, deque[float]]] = defaultdict(dict)
         self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
-        self._place, self._current = (1, 0), start
+        self._place, self._current = Place(1, 0), start
         self._seconds, self._spent, self._age = 0.0, 0.0, dict.fromkeys(self.choices, 0)
 
     def observe(self, seen: Seen) -> None:
@@ -125,6 +169,7 @@ class ExpectedSpeedup(DraftSchedule):
             self._learn(seen.num_drafted, count, cut)
         appended = sum(count for count, _ in rows) / len(rows)
         self.time(seen.num_drafted, len(seen.counts), seen.num_tokens, seen.seconds)
+        self._place = _place(len(seen.counts), seen.num_tokens)
         self._tokens[seen.num_drafted].append(appended)
         self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
         self._seconds += seen.seconds
@@ -133,8 +178,8 @@ class ExpectedSpeedup(DraftSchedule):
             self._spent += max(seen.seconds - appended / best, 0.0)
 
     def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
-        self._place = (num_rows, num_tokens.bit_length())
-        self._costs[self._place].setdefault(num_speculative_tokens, deque(maxlen=9)).append(seconds)
+        costs = self._costs[_place(num_rows, num_tokens)]
+        costs.setdefault(num_speculative_tokens, deque(maxlen=9)).append(seconds)
 
     def next_length(self, metrics: Metrics) -> int:
         for k in (self.start, 0):
@@ -146,22 +191,25 @@ class ExpectedSpeedup(DraftSchedule):
             self._current = best.num_speculative_tokens
         return self._explored(outlook)
 
-    def outlook(self) -> list[Outlook]:
-        """What each K promises where the last round was: as many rows, about as long texts."""
+    def outlook(self, place: Place | None = None) -> list[Outlook]:
+        """What each K promises at a place: with as many rows, and about as long texts. None: where the last round was."""
         found, tokens, chance = [], 1.0, 1.0
         for k in self.choices:
             if k:
                 chance *= self._rate(k)
                 tokens += chance
-            costs, counts = self._measured(k), self._tokens[k]
+            costs, counts = self._measured(k, place), self._tokens[k]
             measured = (sum(counts) / len(counts) if counts else float("nan"), median_low(costs) if costs else float("nan"))
-            found.append(Outlook(k, tokens, self._cost(k), *measured, len(costs)))
+            found.append(Outlook(k, tokens, self._cost(k, place), *measured, len(costs)))
         return found
 
     def __str__(self) -> str:
-        """A table of the outlook, the K that it would take now marked."""
+        """A table of the outlook for each number of rows and length of text that were seen, the best K marked."""
+        return "\n\n".join(f"{place}\n{self._table(place)}" for place in sorted(self._costs) or [self._place])
+
+    def _table(self, place: Place) -> str:
         head = f"{'K':>4}{'tokens/round':>14}{'measured':>10}{'ms/round':>10}{'measured':>10}{'rounds':>8}{'tokens/s':>10}"
-        rows = self.outlook()
+        rows = self.outlook(place)
         best = max(rows, key=lambda each: each.rate)
         lines = [
             f"{'>' if each is best else ' '}{each.num_speculative_tokens:>3}{each.tokens:>14.2f}{each.measured_tokens:>10.2f}"
@@ -182,16 +230,16 @@ class ExpectedSpeedup(DraftSchedule):
         believed, weight = (0.5, 1) if k == 1 else (self._rate(k - 1), 3)
         return (self._kept[k - 1] + weight * believed) / (self._tried[k - 1] + weight)
 
-    def _measured(self, k: int) -> deque[float]:
+    def _measured(self, k: int, place: Place | None = None) -> deque[float]:
         """Seconds of the last rounds with this K and as many rows as now, of texts about as long if there were any."""
-        rows, length = self._place
-        places = [place for place, costs in self._costs.items() if place[0] == rows and k in costs]
-        nearest = min(places, key=lambda place: abs(place[1] - length), default=None)
+        rows, length = place or self._place
+        places = [place for place, costs in self._costs.items() if place.num_rows == rows and k in costs]
+        nearest = min(places, key=lambda place: abs(place.length - length), default=None)
         return self._costs[nearest][k] if nearest else deque()
 
-    def _cost(self, k: int) -> float:
+    def _cost(self, k: int, place: Place | None = None) -> float:
         """Seconds of a round: measured, or on the line between (or beyond) the two nearest K that are."""
-        known = {each: median_low(seconds) for each in self.choices if (seconds := self._measured(each))}
+        known = {each: median_low(seconds) for each in self.choices if (seconds := self._measured(each, place))}
         if k in known or not known:
             return known.get(k, 1.0)
         near = sorted(known, key=lambda each: abs(each - k))[:2]

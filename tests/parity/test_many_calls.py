@@ -9,7 +9,9 @@ import torch
 
 from mtpdecode import MTPDecoder, NGramProposer, RaggedCache
 from mtpdecode.cache import BUCKET, CacheLayout, _RaggedLayer
+from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import FAMILIES
+from mtpdecode.schedule import ExpectedSpeedup
 from tests import tiny
 from tests.families.zoo import cases
 
@@ -250,3 +252,53 @@ def test_a_call_that_failed_leaves_a_cache_that_works():
         decoder.generate(tiny.one(row), max_new_tokens=20, do_sample=False)
     again = decoder.generate(tiny.one(row), max_new_tokens=20, do_sample=False)
     assert again[0, len(row) :].tolist() == tiny.plain("llama", row, max_new_tokens=20)
+
+
+# ── compiled rounds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def graphs():
+    """() -> how many graphs there are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled(name="llama", **options):
+    decoder = decoder_of(name, **options)
+    decoder.step = CompiledRound("aot_eager")
+    return decoder
+
+
+def test_a_graph_does_not_see_how_many_slots_there_are(graphs):
+    """As many as are looked at, more of them, and those of an earlier call: one graph for all."""
+    decoder, other = compiled(), decoder_of("llama")
+    for length in (6, 3 * BUCKET, 20, 2 * BUCKET - 20):
+        assert torch.equal(*(call(each, 3, length, max_new_tokens=length) for each in (decoder, other)))
+        assert graphs() == 1, f"{graphs()} graphs after {length} tokens"
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "sampled"])
+def test_warmup_makes_the_graphs_of_auto_ahead(graphs, options, capsys):
+    decoder = compiled(num_speculative_tokens=ExpectedSpeedup(1))
+    decoder.warmup(batch_sizes=(3,), num_tokens=(8, 20), num_rounds=2, progress=False, **options)
+    assert graphs() == 2, "one for K = 0 and one for K = 1, whatever the length"
+    for text in range(2):
+        call(decoder, 3, text, max_new_tokens=20, **options)
+    assert graphs() == 2
+    decoder.explain()
+    assert capsys.readouterr().out.count("tokens/round") == 2
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "sampled"])
+def test_lookup_is_part_of_the_graph(graphs, options):
+    """Half of the rows repeat themselves: these are looked up, in one graph for texts of every length."""
+    lookup = NGramProposer(4, min_ngram=2)
+    decoder, other = compiled(lookup=lookup), decoder_of("llama", lookup=lookup)
+    batch = tiny.padded([[5, 9, 7, 11, 5, 9, 7], [8, 30, 12, 40]])
+    for length in (6, 2 * BUCKET, 20):
+        settings = {"max_new_tokens": length, "do_sample": False} | options | {"max_new_tokens": length}
+        assert torch.equal(decoder.generate(**batch, **settings), other.generate(**batch, **settings))
+        assert decoder.metrics.history == other.metrics.history
+        assert graphs() == 1, f"{graphs()} graphs after {length} tokens"

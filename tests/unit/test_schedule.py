@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics, MTPDecoder
-from mtpdecode.schedule import ExpectedSpeedup, Seen, schedule_for
+from mtpdecode.schedule import ExpectedSpeedup, Place, Seen, Trial, schedule_for
 from tests import tiny
 
 LENGTH = 24
@@ -164,10 +164,70 @@ def test_warmup_measures_every_length(capsys):
         assert each.rounds >= 2, f"{each}"
         assert each.seconds > 0
     decoder.explain()
-    said = capsys.readouterr().out
-    assert "tokens/s" in said
-    assert len(said.splitlines()) == 1 + len(decoder.options.schedule.choices)
-    assert said.count(">") == 1
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [table.splitlines()[0] for table in tables] == ["1 row, texts of 8 to 15 tokens", "3 rows, texts of 8 to 15 tokens"]
+    for table in tables:
+        assert "tokens/s" in table
+        assert len(table.splitlines()) == 2 + len(decoder.options.schedule.choices)
+        assert table.count(">") == 1
+
+
+def test_warmup_takes_several_lengths(capsys):
+    decoder, prompts = tiny.decoder("llama", "auto"), []
+    prefilled = decoder.stream
+    decoder.stream = lambda inputs, **options: prompts.append(tuple(inputs.shape)) or prefilled(inputs, **options)
+    decoder.warmup(batch_sizes=(1, 2), num_tokens=(8, 40), num_rounds=2, progress=False)
+    assert prompts == [(1, 8), (1, 40), (2, 8), (2, 40)], "one call each, whatever the number of K"
+    schedule = decoder.options.schedule
+    for rows, tokens in prompts:
+        place = Place(rows, tokens.bit_length())
+        assert [each.rounds for each in schedule.outlook(place)] == [2] * len(schedule.choices), f"{place}"
+    decoder.explain()
+    assert capsys.readouterr().out.count("tokens/round") == 4
+
+
+def test_explain_says_what_was_measured(capsys):
+    schedule = ExpectedSpeedup(1)
+    for rows, tokens, seconds in [(1, 100, 0.5), (4, 5000, 0.25)]:
+        for k in (0, 1):
+            schedule.time(k, rows, tokens, seconds * (1 + k))
+    decoder = tiny.decoder("llama", schedule)
+    decoder.explain()
+    first, second = capsys.readouterr().out.strip().split("\n\n")
+    assert first.splitlines()[0] == "1 row, texts of 64 to 127 tokens"
+    assert second.splitlines()[0] == "4 rows, texts of 4096 to 8191 tokens"
+    columns = [table.splitlines()[-1].split() for table in (first, second)]
+    assert [each[-4:-2] for each in columns] == [["1000.0", "1000.0"], ["500.0", "500.0"]], "K = 1: expected and measured ms"
+
+
+def test_warmup_leaves_a_decoder_as_it_was():
+    decoder, row = tiny.decoder("llama", "auto"), tiny.prompts()[0]
+    decoder.warmup(progress=False, num_tokens=8, num_rounds=2)
+    assert (decoder.verifier, decoder.cache, decoder.metrics) == (None, None, None)
+    decoder.generate(tiny.one(row), max_new_tokens=8, do_sample=False)
+    shown = decoder.verifier, decoder.cache, decoder.metrics
+    lengths, tokens = decoder.cache.lengths.tolist(), [each.tokens for each in decoder.options.schedule.outlook()]
+    decoder.warmup(progress=False, num_tokens=(8, 16), num_rounds=2)
+    assert (decoder.verifier, decoder.cache, decoder.metrics) == shown
+    assert decoder.cache.lengths.tolist() == lengths, "nor does another text lie in its cache"
+    assert [each.tokens for each in decoder.options.schedule.outlook()] == tokens, "nothing was learnt about acceptance"
+    again = decoder.generate(tiny.one(row), max_new_tokens=8, do_sample=False)
+    assert again[0, len(row) :].tolist() == tiny.plain("llama", row, max_new_tokens=8)
+    assert decoder.cache is shown[1], "and the next call finds the cache of the last one"
+
+
+def test_a_trial_changes_k_and_counts_what_says_something():
+    trial, before = Trial((0, 1, 2), 5), None
+    for number, k in enumerate(trial.lengths):
+        assert trial.next_length(Metrics(1)) == k
+        trial.observe(Seen(k, [1], [False], float(number), 10))
+        is_first, teaches = number < 3, k > 0 and before == 0
+        assert (number in trial.seconds[k]) == (not is_first and not teaches), f"round {number}, K = {k} behind {before}"
+        before = k
+    assert [len(seconds) for seconds in trial.seconds.values()] == [5, 5, 5]
+    assert sorted(trial.lengths[:3]) == [0, 1, 2], "the first round of each may be compiled"
+    orders = {tuple(trial.seconds[k][number] - trial.seconds[0][number] for k in (1, 2)) for number in range(5)}
+    assert len(orders) > 1, "in another order each time"
 
 
 def test_explain_without_auto(capsys):
