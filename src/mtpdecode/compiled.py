@@ -20,8 +20,8 @@ class CompiledRound:
     """`decode_round`, compiled whole; a model that cannot be traced whole is compiled in pieces, with a warning that says why.
 
     A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. Hooks are
-    there before a round begins, and become part of its graph. A recurrence whose replay asks the host what was kept runs as
-    without compilation, with a warning.
+    there before a round begins, and become part of its graph. A recurrence whose replay asks the host what was kept, and a model
+    that asks it how often to loop, run as without compilation, with a warning.
 
     backend  of `torch.compile`
     """
@@ -32,30 +32,32 @@ class CompiledRound:
         self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
-        self._asking = ""
+        self._asking = self._untraceable = ""
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
     ) -> tuple[DecodeState, Verdict]:
         if self._verifier() is not roles.verifier:  # a new call; a walk through the model is too long for every round
             self._verifier, self._asking = ref(roles.verifier), _asking(roles)
-        if self._asking:
-            self._warn(roles, f"{self._asking} asks the host how many tokens were kept", "runs as without compiled=True.")
+        if why := self._asking or self._untraceable:
+            self._warn(roles, why, "runs as without compiled=True.")
             return decode_round(state, roles, num_speculative_tokens, noise, clock)
         _leave_open(state, roles)
         try:
             result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise)
-        except torch._dynamo.exc.Unsupported as error:
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             if not self._is_whole:
                 raise
+            if not isinstance(error, torch._dynamo.exc.Unsupported):  # in pieces it would come again, in the midst of a round
+                self._untraceable = _reason(error)
+                return self(state, roles, num_speculative_tokens, noise, clock)
             self._in_pieces(roles, error)
             result = self._step(state, roles, num_speculative_tokens, noise)
         clock.lap("round")
         return result
 
     def _in_pieces(self, roles: Roles, error: Exception) -> None:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "unknown")
-        self._warn(roles, reason, "is compiled in pieces, which is slower than one graph.")
+        self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
         self._step, self._is_whole = torch.compile(_silent_round, backend=self._backend), False
 
     def _warn(self, roles: Roles, reason: str, what: str) -> None:
@@ -69,7 +71,14 @@ def _asking(roles: Roles) -> str:
     """What of a round waits for the host, which no graph does; empty: nothing."""
     layers = [layer for cache in roles.caches if isinstance(cache, RaggedCache) for layer in cache.layers]
     asking = (layer.asks_the_host(roles.width) for layer in layers if isinstance(layer, RecurrentLayer))
-    return next(filter(None, asking), "")
+    name = next(filter(None, asking), "")
+    return f"{name} asks the host how many tokens were kept" if name else ""
+
+
+def _reason(error: Exception) -> str:
+    """What the compiler says first, and where it says so the line of the model that it could not follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:1] + [line for line in lines if line.startswith("Caused by:")][:1]) or "unknown"
 
 
 MOST_GRAPHS = 64
