@@ -420,7 +420,8 @@ class MTPDecoder:
         hidden = self.head.spec.hidden if self.head else "post_norm"
         verifier = Verifier(self.target, caches[0], sampler, hidden, request.prompt)
         rule, stopping, schedule = options.rule, request.stopping, options.schedule
-        return Roles(proposer, verifier, sampler, rule, stopping, schedule, tuple(caches), deepest + 1)
+        late = int(request.prompt.lengths.is_cuda)
+        return Roles(proposer, verifier, sampler, rule, stopping, schedule, tuple(caches), deepest + 1, late)
 
     def _layout(self, head: MTPHead | None = None, prompt_lengths: Tensor | None = None) -> CacheLayout:
         """What a cache of the target, or of the head, must know: each call anew, for set_attn_implementation may come between."""

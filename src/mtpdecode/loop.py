@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ class Roles(NamedTuple):
 
     width  the widest window W: the largest K, and the pending token; a number of its own, so that no compiled round looks at the
            schedule to find it, and the same graphs serve all schedules
+    late   how many rounds are begun before the host reads what an earlier one appended: 1 where a device works beside the host,
+           so that neither waits for the other
     """
 
     proposer: Proposer
@@ -39,6 +42,7 @@ class Roles(NamedTuple):
     schedule: DraftSchedule
     caches: tuple[KVCacheManager, ...]
     width: int
+    late: int = 0
 
     def reserve(self, num_tokens: int) -> None:
         """Slots for the next round of rows that hold at most num_tokens: the widest window, and what the head drafts past it."""
@@ -160,7 +164,11 @@ def decode(
     hidden_size: int,
     step: Step = decode_round,
 ) -> Iterator[Round]:
-    """Prefill, then rounds until every row is done; one host read a round.
+    """Prefill, then rounds until every row is done; one host read a round, of the round before where the device works on.
+
+        late 0   round 1, read 1, round 2, read 2          late 1   round 1, round 2, read 1, round 3, read 2
+
+    What was begun when the last row had ended, unknown to the host, appends nothing and is not read.
 
     step  what makes a round: `decode_round`, or the same compiled
     """
@@ -168,20 +176,49 @@ def decode(
     roles.reserve(max(lengths))
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
+    unread: deque[Report] = deque()
+    read_at = time.perf_counter()
     while not all(done):
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
-        roles.reserve(max(lengths))
+        roles.reserve(max(lengths) + len(unread) * roles.width)
         state = rest.before(state, roles, num_drafted)
         with roles.verifier.listening(), roles.proposer.listening():
             state, verdict = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
-        counts, tokens, done = verdict.counts.tolist(), verdict.tokens.tolist(), state.done.tolist()
+        unread.append(Report(verdict, state.done, num_drafted, begun))
+        if len(unread) <= roles.late:
+            continue
+        report = unread.popleft()
+        counts, done, tokens = report.read()
+        begun, read_at = max(report.begun, read_at), time.perf_counter()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
-        metrics.update(counts, num_drafted, done)
-        roles.schedule.observe(Seen(num_drafted, counts, done, time.perf_counter() - begun, max(lengths)))
+        metrics.update(counts, report.num_drafted, done)
+        roles.schedule.observe(Seen(report.num_drafted, counts, done, read_at - begun, max(lengths)))
         clock.lap("host")
         yield Round([row[:count] for row, count in zip(tokens, counts, strict=True)], done)
         clock.skip()
+
+
+class Report:
+    """What a round appended, on its way to the host: one copy, begun at once and not waited for before it is read.
+
+    a row    count  done  token token token ...
+    """
+
+    def __init__(self, verdict: Verdict, done: Tensor, num_drafted: int, begun: float) -> None:
+        rows = torch.cat([verdict.counts[:, None], done[:, None].long(), verdict.tokens], dim=1)
+        self.num_drafted, self.begun = num_drafted, begun
+        self._rows = rows.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if rows.is_cuda else None
+        if self._arrival:
+            self._arrival.record()
+
+    def read(self) -> tuple[list[int], list[bool], list[list[int]]]:
+        """-> per row: how many tokens, whether it is done, the tokens with padding behind."""
+        if self._arrival:
+            self._arrival.synchronize()
+        rows: list[list[int]] = self._rows.tolist()
+        return [row[0] for row in rows], [bool(row[1]) for row in rows], [row[2:] for row in rows]
 
 
 def _next_length(schedule: DraftSchedule, metrics: Metrics) -> int:
