@@ -60,7 +60,7 @@ STRIDE = 997
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """(kind, text), the kinds in turn; once all are used up, again without their last word, then without the last two, and so on."""
+    """(kind, text), the kinds in turn; all used up, they come again without their last word, then without two, and so on."""
     every = selection(len(next(iter(PROMPTS.values()))))
     return ((kind, shortened(text, lap)) for lap in count() for kind, text in every)
 

@@ -4,8 +4,9 @@
     python -m benchmarks.decode --compiled --batch-sizes 1 8 --temperatures 0 1 --contexts 0 2048 --only "K=*" "compiled*"
 
 A cell is a dtype, a batch size, a temperature and a context length. In every cell all contenders run the same model in memory on
-the same batches. Per batch and repeat they take turns, each time starting with another one, so that a slow minute hits all alike; every ratio is taken within one batch and repeat. Tokens are counted the same way for all. Cells are added to those
-that the JSON file holds, and replace those of the same name. The last line is JSON.
+the same batches. Per batch and repeat they take turns, each time starting with another one, so that a slow minute of the machine
+is felt by all; every ratio is taken within one batch and repeat. Tokens are counted the same way for all. Cells are added to the
+ones that the JSON file holds, and replace those of the same name. The last line is JSON.
 """
 
 from __future__ import annotations
