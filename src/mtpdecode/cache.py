@@ -185,7 +185,7 @@ class RaggedCache(KVCacheManager):
         layers = [layer for layer in self._cache.layers if isinstance(layer, _RaggedLayer) and layer.is_initialized]
         held = [(tensor, 2) for layer in layers for tensor in layer.held()]
         tapes = [(tape, tape.dim() - 1) for layer in self._recurrent for tape in layer.tapes]
-        return [(self._slots.numbers, 0), *held, *tapes]
+        return [(self._slots.numbers, 0), (self._slots.written, 1), *held, *tapes]
 
 
 def _mode(device: torch.device) -> tuple[object, ...]:

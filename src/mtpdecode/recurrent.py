@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import expm1, inf, log
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -365,13 +366,15 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
 
 
 class _Ear:
-    """Hears one projection of a layer's mixer."""
+    """Hears one projection of a layer's mixer. The layer, and the states it holds, are not kept alive by it."""
 
     def __init__(self, layer: RecurrentLayer, name: str) -> None:
-        self.layer, self.name = layer, name
+        self._layer, self.name = ref(layer), name
 
     def hear(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return self.layer._hear(self.name, inputs[0], output)
+        layer = self._layer()
+        assert layer is not None  # it is hooked only while its cache is in use
+        return layer._hear(self.name, inputs[0], output)
 
 
 UNLIMITED = (0.0, inf)

@@ -12,13 +12,20 @@ from mtpdecode import MTPDecoder, recurrent
 from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import FAMILIES
 from tests import tiny
+from tests.families import gemma4
 from tests.families.zoo import cases
 
 QUICK = ("qwen3_5", "inkling-text")
 """Recurrent layers, learned distances and short convolutions: cases that a bare pytest runs."""
 
-EAGER = {"longcat_flash": "for expert_idx_tensor in expert_hit"}
-"""Cases that run without compilation, and what the warning names: LongCat's experts loop as often as some expert was chosen."""
+EAGER = {
+    "longcat_flash": "for expert_idx_tensor in expert_hit",
+    "step3p7": "for expert_idx in hit",
+    "qwen4_exp": "if num_complete_blocks > 0",
+    "qwen4_exp-vision-ngrams": "if num_complete_blocks > 0",
+}
+"""Cases that run without compilation, and the line of the model that the warning names: these loop over the experts that were
+chosen, or over queries, each with as many blocks of keys as it sees."""
 
 HOOKED = ("qwen3_5", "nemotron_h-moe", "inkling-text", "glm_moe_dsa-5.2", "deepseek_v4")
 BY_NAME = {case.name: case for case in cases()}
@@ -69,6 +76,17 @@ def marked(name):
 @pytest.mark.parametrize("name", [marked(name) for name in BY_NAME if name not in EAGER])
 def test_one_graph_and_no_warning(name):
     made = decoder(name)
+    for length in LENGTHS:
+        assert_plain_text(made, length, f"{name}, compiled, {length} tokens")
+        assert num_graphs() == 1, f"{num_graphs()} graphs after texts of {length} tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gemma4.NAMES)
+def test_assistants(name, tmp_path):
+    assistant = gemma4.write(tmp_path / "assistant", name)
+    made = MTPDecoder.from_model(gemma4.target(name), assistant=assistant, num_speculative_tokens=2)
+    made.step = CompiledRound("aot_eager")
     for length in LENGTHS:
         assert_plain_text(made, length, f"{name}, compiled, {length} tokens")
         assert num_graphs() == 1, f"{num_graphs()} graphs after texts of {length} tokens"
