@@ -71,23 +71,34 @@ class MTPOutput(GenerateDecoderOnlyOutput):
 
 
 class Options(NamedTuple):
-    """How to speculate; a call of `generate` may replace any of them."""
+    """How to speculate; a call of `generate` may replace any of them.
+
+    steady  where nobody asked for a schedule: the K of sampled text with a seed. "auto" goes by the clock, and K decides which of
+            the law's texts is written; coupled sampling writes the same one for every K
+    """
 
     schedule: DraftSchedule
     draft_sampling: DraftSampling
     acceptance: str | Acceptance
     seed: int | Sequence[int] | None = None
+    steady: DraftSchedule | None = None
 
     def replaced(self, given: dict[str, Any]) -> Options:
         """With what a call says. Raises GenerationError for a wrong value."""
         said = {name: value for name, value in given.items() if value is not None}
         if "num_speculative_tokens" in said:
-            said["schedule"] = schedule_for(said.pop("num_speculative_tokens"))
+            said |= {"schedule": schedule_for(said.pop("num_speculative_tokens")), "steady": None}
         options = self._replace(**said)
         _ = options.rule  # an unknown name is an error now, before anything has begun
         if options.draft_sampling not in ("sample", "greedy"):
             raise GenerationError(f"draft_sampling={options.draft_sampling!r} was asked for; it is 'sample' or 'greedy'.")
         return options
+
+    def settled(self, do_sample: bool) -> Options:
+        """With the schedule of one call."""
+        if self.steady is None or not do_sample or self.seed is None or self.rule is None:
+            return self
+        return self._replace(schedule=self.steady)
 
     @property
     def rule(self) -> Acceptance | None:
@@ -153,7 +164,8 @@ class MTPDecoder:
         spec                    the family's row, to override a choice or to describe a new family
         assistant               for Gemma 4, whose heads are checkpoints of their own: a folder, a repository or a loaded one
         proposer                drafts instead of the head
-        num_speculative_tokens  K, "auto" (measures which K pays), or a schedule; none: what suits the head
+        num_speculative_tokens  K, or a schedule; "auto" measures which K pays. None: "auto", and for sampled text with a seed,
+                                which is to be the same tomorrow, the K that suits the head
         draft_sampling          when sampling: "sample" draws drafts from the head's law, "greedy" takes its likeliest token
         acceptance              "standard", "block", "coupled", or an Acceptance
         cache                   RaggedCache, CropCache, or a factory of one's own
@@ -175,9 +187,11 @@ class MTPDecoder:
             chosen = _restricted(head_for(target, head, spec), draft_vocabulary)
             proposer = MTPProposer(chosen) if lookup is None else MixedProposer(chosen, lookup)
         suits = _suits(proposer)
-        schedule = schedule_for(suits if num_speculative_tokens is None else num_speculative_tokens, suits)
-        options = Options(schedule, draft_sampling, acceptance).replaced({})
-        decoder = cls(target, proposer, options, cache)
+        if num_speculative_tokens is None:
+            options = Options(schedule_for("auto", suits), draft_sampling, acceptance, steady=schedule_for(suits))
+        else:
+            options = Options(schedule_for(num_speculative_tokens, suits), draft_sampling, acceptance)
+        decoder = cls(target, proposer, options.replaced({}), cache)
         if compiled:
             decoder.step = CompiledRound()
         if compiled if packed is None else packed:
@@ -386,6 +400,7 @@ class MTPDecoder:
         return MTPOutput(sequences=sequences, metrics=self.metrics)  # type: ignore[arg-type]  # any int64 tensor is meant
 
     def _rounds(self, request: Request, options: Options) -> Iterator[Round]:
+        options = options.settled(bool(request.config.do_sample))
         roles, noise = self._roles(request, options), Noise(seeds_for(options.seed, request.prompt.lengths))
         self.verifier, self.cache, self.metrics = roles.verifier, roles.verifier.cache, Metrics(request.prompt.lengths.shape[0])
         chunk_size = request.config.prefill_chunk_size or PREFILL_CHUNK

@@ -176,6 +176,7 @@ def decode(
     roles.reserve(max(lengths))
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
+    roles.schedule.begin(len(lengths), max(lengths))
     unread: deque[Report] = deque()
     read_at = time.perf_counter()
     while not all(done):
@@ -209,7 +210,7 @@ class Report:
         rows = torch.cat([verdict.counts[:, None], done[:, None].long(), verdict.tokens], dim=1)
         self.num_drafted, self.begun = num_drafted, begun
         self._rows = rows.to("cpu", non_blocking=True)
-        self._arrival = torch.cuda.Event() if rows.is_cuda else None
+        self._arrival = torch.cuda.Event() if rows.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrival:
             self._arrival.record()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import mul
 from random import Random
 from statistics import median_low
 from typing import NamedTuple
@@ -39,6 +41,10 @@ class DraftSchedule(ABC):
     @abstractmethod
     def next_length(self, metrics: Metrics) -> int:
         """One of `choices`, from what the call has seen so far."""
+
+    def begin(self, num_rows: int, num_tokens: int) -> None:
+        """A call begins, with so many rows, the longest of so many tokens."""
+        return
 
     def observe(self, seen: Seen) -> None:
         """A round is over."""
@@ -141,25 +147,36 @@ class ExpectedSpeedup(DraftSchedule):
     (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) It changes K for a gain of `margin` at least,
     and tries neighbours of the best K while what that costs, all told, is below `budget` of the time.
 
-    longest  the largest K          start     the K to begin with
+    choices  the K it may take, 0 among them; each is a graph of its own where rounds are compiled
+    start    the K to begin with
     margin, budget  shares          memory    rounds after which an observation counts for a third
     """
 
     def __init__(
-        self, longest: int = 5, start: int = 1, *, margin: float = 0.03, budget: float = 0.01, memory: float = 40.0
+        self,
+        choices: Iterable[int] = (0, 1, 2, 3, 4, 5),
+        start: int = 1,
+        *,
+        margin: float = 0.02,
+        budget: float = 0.01,
+        memory: float = 40.0,
     ) -> None:
-        if not 0 <= start <= longest or longest < 1:
+        self.choices = tuple(sorted(set(choices)))
+        longest = max(self.choices, default=0)
+        if start not in self.choices or min(self.choices) or not longest:
             raise GenerationError(
-                f"ExpectedSpeedup(longest={longest}, start={start}) was asked for; longest must be at least 1, and start in "
-                "0..longest."
+                f"ExpectedSpeedup(choices={tuple(choices)}, start={start}) was asked for; choices must hold 0 (plain decoding), "
+                "a larger K and start, as (0, 1, 3) with start=1."
             )
-        self.choices = tuple(range(longest + 1))
         self.start, self.margin, self.budget, self.forgetting = start, margin, budget, 1 - 1 / memory
         self._tried, self._kept = [0.0] * longest, [0.0] * longest
         self._costs: dict[Place, dict[int, deque[float]]] = defaultdict(dict)
         self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         self._place, self._current = Place(1, 0), start
         self._seconds, self._spent, self._age = 0.0, 0.0, dict.fromkeys(self.choices, 0)
+
+    def begin(self, num_rows: int, num_tokens: int) -> None:
+        self._place = _place(num_rows, num_tokens)
 
     def observe(self, seen: Seen) -> None:
         rows = [(count, cut) for count, cut in zip(seen.counts, seen.cut, strict=True) if count]
@@ -172,10 +189,11 @@ class ExpectedSpeedup(DraftSchedule):
         self._place = _place(len(seen.counts), seen.num_tokens)
         self._tokens[seen.num_drafted].append(appended)
         self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
-        self._seconds += seen.seconds
+        usual = min(seen.seconds, 2 * self._cost(seen.num_drafted))  # a round that was compiled took a minute, once
+        self._seconds += usual
         if seen.num_drafted != self._current:
             best = max(each.rate for each in self.outlook())
-            self._spent += max(seen.seconds - appended / best, 0.0)
+            self._spent += max(usual - appended / best, 0.0)
 
     def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         costs = self._costs[_place(num_rows, num_tokens)]
@@ -193,11 +211,9 @@ class ExpectedSpeedup(DraftSchedule):
 
     def outlook(self, place: Place | None = None) -> list[Outlook]:
         """What each K promises at a place: with as many rows, and about as long texts. None: where the last round was."""
-        found, tokens, chance = [], 1.0, 1.0
+        found, chances = [], list(accumulate(map(self._rate, range(1, self.choices[-1] + 1)), mul, initial=1.0))
         for k in self.choices:
-            if k:
-                chance *= self._rate(k)
-                tokens += chance
+            tokens = sum(chances[: k + 1])
             costs, counts = self._measured(k, place), self._tokens[k]
             measured = (sum(counts) / len(counts) if counts else float("nan"), median_low(costs) if costs else float("nan"))
             found.append(Outlook(k, tokens, self._cost(k, place), *measured, len(costs)))
@@ -252,7 +268,8 @@ class ExpectedSpeedup(DraftSchedule):
         """The current K, or a neighbour that was never tried or not for long, as far as the budget goes."""
         here = outlook[self._current]
         due = {k for k, each in outlook.items() if self._age[k] >= EXPLORE_EVERY or not each.rounds}
-        near = [k for k in (self._current + 1, self._current - 1) if k in due]
+        here_at = self.choices.index(self._current)
+        near = [k for k in self.choices[max(here_at - 1, 0) : here_at + 2] if k in due and k != self._current]
         if not near:
             return self._current
         tried = max(near, key=lambda k: self._age[k])
@@ -272,7 +289,7 @@ def schedule_for(num_speculative_tokens: object, start: int = 1) -> DraftSchedul
     if isinstance(num_speculative_tokens, DraftSchedule):
         return num_speculative_tokens
     if num_speculative_tokens == "auto":
-        return ExpectedSpeedup(max(start + 2, 3), start)
+        return ExpectedSpeedup({0, 1, max(start, 1), max(start, 1) + 2}, start)
     if isinstance(num_speculative_tokens, bool) or not isinstance(num_speculative_tokens, int) or num_speculative_tokens < 0:
         raise GenerationError(
             f"num_speculative_tokens={num_speculative_tokens!r} was asked for; it must be an int of at least 0 "

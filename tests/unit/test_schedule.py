@@ -91,7 +91,7 @@ def test_a_schedule_keeps_to_its_choices():
 def simulated(rates, costs, num_rounds=400, schedule=None, seed=0, noise=0.1):
     """Rounds whose draft token k is kept with chance rates[k], and that take costs[K] and some noise -> K of every round."""
     chance, used = Random(seed), []
-    schedule = schedule or ExpectedSpeedup(len(costs) - 1)
+    schedule = schedule or ExpectedSpeedup(range(len(costs)))
     for number in range(num_rounds):
         length = schedule.next_length(Metrics(1))
         count = 1 + next((k for k in range(length) if chance.random() >= rates[k]), length)
@@ -128,14 +128,14 @@ def test_a_head_that_is_never_right_is_left_alone():
 
 
 def test_a_change_of_the_text_is_noticed():
-    schedule = ExpectedSpeedup(4)
+    schedule = ExpectedSpeedup(range(5))
     simulated((0.1,) * 4, DEAR, schedule=schedule)
     used = simulated((0.95,) * 4, DEAR, schedule=schedule)
     assert Counter(used[-100:])[4] > 80, f"{Counter(used[-100:])}"
 
 
 def test_rows_that_end_say_nothing_about_what_is_behind_their_end():
-    schedule = ExpectedSpeedup(2)
+    schedule = ExpectedSpeedup(range(3))
     for _ in range(100):
         schedule.observe(Seen(2, [1, 0], [True, True], 1.0, 10))
     assert schedule.outlook()[2].tokens == pytest.approx(1.75), "nothing was learnt: a_1 = a_2 = 1/2 as at first"
@@ -151,10 +151,46 @@ def test_auto_gives_the_same_text():
     assert len(set(decoder.metrics.drafted)) > 0
 
 
-@pytest.mark.parametrize(("longest", "start"), [(0, 0), (2, 3), (2, -1)])
-def test_a_range_that_is_none(longest, start):
-    with pytest.raises(GenerationError, match="longest must be at least 1"):
-        ExpectedSpeedup(longest, start)
+@pytest.mark.parametrize(("choices", "start"), [((), 0), ((0,), 0), ((1, 2), 1), ((0, 1, 2), 3), ((0, 2), 1), ((-1, 0, 1), 0)])
+def test_choices_that_are_none(choices, start):
+    with pytest.raises(GenerationError, match=r"choices must hold 0 \(plain decoding\), a larger K and start"):
+        ExpectedSpeedup(choices, start)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_choices_may_have_gaps(seed):
+    rates, costs = (0.9, 0.9, 0.9, 0.9, 0.9), (1, 1.1, 1.2, 1.3, 1.4, 1.5)
+    used = simulated(rates, costs, schedule=ExpectedSpeedup((0, 1, 3, 5)), seed=seed)
+    assert set(used) <= {0, 1, 3, 5}
+    assert Counter(used)[5] > 300, f"{Counter(used)}"
+
+
+def test_a_round_that_was_compiled_does_not_end_exploring():
+    schedule = ExpectedSpeedup((0, 1))
+    schedule.observe(Seen(1, [1], [False], 60.0, 10))
+    used = simulated((0,), (1, 1.1), schedule=schedule)
+    assert used[:300].count(1) > 3, "60 seconds were not paid for being tried"
+
+
+def test_auto_is_the_default_and_its_k_suits_the_head():
+    assert schedule_for("auto", 3).choices == (0, 1, 3, 5)
+    assert schedule_for("auto", 1).choices == (0, 1, 3)
+    decoder = MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama"))
+    assert isinstance(decoder.options.schedule, ExpectedSpeedup)
+    assert decoder.options.schedule.choices == (0, 1, 3)
+
+
+def test_a_seeded_text_does_not_hang_on_the_clock():
+    """What auto measures decides its K, and with drafts that were drawn, K decides which of the law's texts is written."""
+    decoder, seeded = MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama")), {"do_sample": True, "seed": 1}
+    batch = tiny.padded(tiny.prompts())
+    texts = [decoder.generate(**batch, max_new_tokens=LENGTH, **seeded) for _ in range(3)]
+    assert set(decoder.metrics.drafted) == {1}, "the head's own K, all the way"
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    decoder.generate(**batch, max_new_tokens=LENGTH, **seeded, num_speculative_tokens="auto")
+    assert 0 in decoder.metrics.drafted, "who asks for auto gets it"
+    decoder.generate(**batch, max_new_tokens=LENGTH, **seeded, acceptance="coupled")
+    assert 0 in decoder.metrics.drafted, "coupled texts are the same for every K"
 
 
 def test_warmup_measures_every_length(capsys):
@@ -187,7 +223,7 @@ def test_warmup_takes_several_lengths(capsys):
 
 
 def test_explain_says_what_was_measured(capsys):
-    schedule = ExpectedSpeedup(1)
+    schedule = ExpectedSpeedup((0, 1))
     for rows, tokens, seconds in [(1, 100, 0.5), (4, 5000, 0.25)]:
         for k in (0, 1):
             schedule.time(k, rows, tokens, seconds * (1 + k))
@@ -233,3 +269,15 @@ def test_a_trial_changes_k_and_counts_what_says_something():
 def test_explain_without_auto(capsys):
     tiny.decoder("llama", 2).explain()
     assert "K is always 2" in capsys.readouterr().out
+
+
+def test_a_call_with_more_rows_goes_by_their_costs_from_its_first_round():
+    schedule = ExpectedSpeedup((0, 1))
+    simulated((0.9,), (1, 1.1), schedule=schedule)
+    for k in (0, 1):
+        for _ in range(3):
+            schedule.time(k, 64, 100, 1.0 + 2.0 * k)
+    schedule.begin(1, 500)
+    assert schedule.next_length(Metrics(1)) == 1
+    schedule.begin(64, 100)
+    assert schedule.next_length(Metrics(64)) == 0, "a draft that triples the round"
