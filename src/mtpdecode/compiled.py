@@ -8,6 +8,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch import nn
 
 from .cache import RaggedCache
 from .loop import Clock, Roles, decode_round
@@ -19,9 +20,10 @@ from .verifier import Verifier
 class CompiledRound:
     """`decode_round`, compiled whole; a model that cannot be traced whole is compiled in pieces, with a warning that says why.
 
-    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. Hooks are
-    there before a round begins, and become part of its graph. A recurrence whose replay asks the host what was kept, and a model
-    that asks it how often to loop, run as without compilation, with a warning.
+    A graph holds for one batch size, one K and one kind of sampling. Lengths are left open, so that a text may grow. Our hooks
+    are there before a round begins, and become part of its graph. So do hooks of the user's, and others are another graph. What
+    asks the host in the midst of a round, a recurrence how many tokens were kept, or a model how often to loop, runs as without
+    compilation, with a warning.
 
     backend  of `torch.compile`
     """
@@ -32,19 +34,19 @@ class CompiledRound:
         self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
-        self._asking = self._untraceable = ""
+        self._asking = self._untraceable = self._hooks = ""
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
     ) -> tuple[DecodeState, Verdict]:
         if self._verifier() is not roles.verifier:  # a new call; a walk through the model is too long for every round
-            self._verifier, self._asking = ref(roles.verifier), _asking(roles)
+            self._verifier, self._asking, self._hooks = ref(roles.verifier), _asking(roles), _hooks(roles.verifier.target)
         if why := self._asking or self._untraceable:
             self._warn(roles, why, "runs as without compiled=True.")
             return decode_round(state, roles, num_speculative_tokens, noise, clock)
         _leave_open(state, roles)
         try:
-            result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise)
+            result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise, self._hooks)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             if not self._is_whole:
                 raise
@@ -52,7 +54,7 @@ class CompiledRound:
                 self._untraceable = _reason(error)
                 return self(state, roles, num_speculative_tokens, noise, clock)
             self._in_pieces(roles, error)
-            result = self._step(state, roles, num_speculative_tokens, noise)
+            result = self._step(state, roles, num_speculative_tokens, noise, self._hooks)
         clock.lap("round")
         return result
 
@@ -98,8 +100,22 @@ class _Silence(Clock):
 _SILENCE = _Silence()
 
 
-def _silent_round(state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise) -> tuple[DecodeState, Verdict]:
+def _silent_round(
+    state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
+) -> tuple[DecodeState, Verdict]:
+    """hooks: nobody reads them, but a graph is made for one value of them."""
     return decode_round(state, roles, num_speculative_tokens, noise, _SILENCE)
+
+
+def _hooks(model: nn.Module) -> str:
+    """The hooks that are not ours, by number: torch looks at hooks when it makes a graph, and never again."""
+    found = [
+        (name, number)
+        for name, module in model.named_modules()
+        for number, hook in (*module._forward_pre_hooks.items(), *module._forward_hooks.items())
+        if not str(getattr(hook, "__module__", "")).startswith(__package__)
+    ]
+    return str(found)
 
 
 def _leave_open(state: DecodeState, roles: Roles) -> None:

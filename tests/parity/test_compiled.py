@@ -64,6 +64,22 @@ def test_auto_changes_k_between_graphs():
     assert decoder.metrics.seconds["round"] > 0
 
 
+def test_a_hook_that_comes_later_is_seen():
+    """torch guards a graph against much, but not against hooks."""
+    target = tiny.build("llama")
+    decoder = MTPDecoder.from_model(target, head=tiny.build_head(target, tiny.row_of("llama")), num_speculative_tokens=1)
+    decoder.step, ids = CompiledRound("aot_eager"), torch.tensor([[3, 4, 5, 6]])
+    options = {"max_new_tokens": 12, "do_sample": False}
+    before = decoder.generate(ids, **options)
+    handle = target.lm_head.register_forward_hook(lambda module, args, output: output.roll(7, dims=-1))
+    hooked = decoder.generate(ids, **options)
+    assert torch.equal(hooked, target.generate(ids, **options))
+    assert not torch.equal(hooked, before)
+    handle.remove()
+    assert torch.equal(decoder.generate(ids, **options), before)
+    assert num_graphs() == 2, "and the first graph is found again"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler loads parts of its own that say so
 def test_inductor_says_the_same():
