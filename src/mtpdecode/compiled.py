@@ -103,7 +103,8 @@ _SILENCE = _Silence()
 def _silent_round(
     state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
 ) -> tuple[DecodeState, Verdict]:
-    """hooks: nobody reads them, but a graph is made for one value of them."""
+    """hooks: what is looked at is guarded, so that a graph is for one value of them."""
+    assert hooks.startswith("[")
     return decode_round(state, roles, num_speculative_tokens, noise, _SILENCE)
 
 
