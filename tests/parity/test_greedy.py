@@ -105,9 +105,9 @@ def test_k_can_be_said_per_call():
 
 def test_without_asking_k_is_what_suits_the_head():
     head = tiny.build_head(tiny.target("llama"), tiny.row_of("llama"), num_layers=2)
-    assert MTPDecoder.from_model(tiny.target("llama"), head=head).options.schedule.choices == (2,), "a head of two layers"
+    assert MTPDecoder.from_model(tiny.target("llama"), head=head).options.schedule.start == 2, "a head of two layers"
     head.num_speculative_tokens = 3
-    assert MTPDecoder.from_model(tiny.target("llama"), head=head).options.schedule.choices == (3,), "trained for three steps"
+    assert MTPDecoder.from_model(tiny.target("llama"), head=head).options.schedule.start == 3, "trained for three steps"
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

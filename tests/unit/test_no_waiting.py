@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.waiting import NoWaiting, WaitingError, WatchedStep
 from mtpdecode import MTPDecoder, NGramProposer
@@ -48,7 +49,9 @@ class Abroad:
         self.verifier = roles.verifier
         if self.num_rounds == 2:
             there, them, randomness = abroad((state, roles, noise))
-            with NoWaiting():
+            for module in (*them.verifier.target.modules(), *getattr(them.proposer, "head", nn.Module()).modules()):
+                module._forward_hooks.clear(), module._forward_pre_hooks.clear()  # they write into what stayed here
+            with them.verifier.listening(), them.proposer.listening(), NoWaiting():
                 there, verdict = self.step(
                     there, them, num_speculative_tokens, randomness, Clock(dict.fromkeys(clock.seconds, 0.0))
                 )
