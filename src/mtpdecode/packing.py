@@ -59,14 +59,10 @@ class PackedLinear:
             return torch.ops.mtpdecode.packed_linear(x, self.number, self.num_out)  # type: ignore[no-any-return]
         return _packed_linear(x, self.number, self.num_out)
 
-    def renew(self, linear: nn.Linear, thoroughly: bool = True) -> None:
-        """Pack the weight if it is another than it was. thoroughly: look at its numbers too."""
-        known = _identity(linear.weight), _identity(linear.bias)
-        same = known == self._known
-        if same and not thoroughly:
-            return
-        sample = _sample(linear.weight)
-        if not (same and torch.equal(sample, self._sample)):
+    def renew(self, linear: nn.Linear) -> None:
+        """Pack the weight if it is another than it was, has another version, or other numbers."""
+        known, sample = (_identity(linear.weight), _identity(linear.bias)), _sample(linear.weight)
+        if not (known == self._known and torch.equal(sample, self._sample)):
             self._known, self._sample = known, sample
             bias = None if linear.bias is None else linear.bias.detach()
             _WEIGHTS[self.number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_TOKENS), bias
@@ -93,21 +89,27 @@ class Packing:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inside = dict.fromkeys(module for root in modules for module in root.modules())
         self._pairs = [(linear, _packed(linear)) for linear in inside if _is_packable(linear)]
+        self._versioned: list[Tensor] = []
+        self._versions = 0
+        self.renew()
 
     @property
     def num_bytes(self) -> int:
         """What the packed copies hold in memory, about."""
         return sum(linear.weight.nbytes for linear, _ in self._pairs)
 
-    def renew(self, thoroughly: bool = True) -> None:
+    def renew(self) -> None:
         """Pack anew what has changed."""
         for linear, packed in self._pairs:
-            packed.renew(linear, thoroughly)
+            packed.renew(linear)
+        self._versioned = [linear.weight for linear, _ in self._pairs if not linear.weight.is_inference()]
+        self._versions = sum(weight._version for weight in self._versioned)
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Not `setattr`, which takes a module's time: this is done every round."""
-        self.renew(thoroughly=False)
+        """Not `setattr`, which takes a module's time: this is done every round. So are versions looked at, and nothing else."""
+        if self._versions != sum(weight._version for weight in self._versioned):
+            self.renew()
         for linear, packed in self._pairs:
             linear.__dict__["forward"] = packed
         try:

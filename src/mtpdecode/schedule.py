@@ -145,11 +145,14 @@ class ExpectedSpeedup(DraftSchedule):
         chosen        the K with the largest E(K) / C(K)
 
     (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) It changes K for a gain of `margin` at least,
-    and tries neighbours of the best K while what that costs, all told, is below `budget` of the time.
+    and tries plain decoding and neighbours of the best K while what that costs, all told, is below `budget` of the time.
+
+    Costs are noisy, and a slow second must not make drafts seem free: a longer K is taken to cost no less than a shorter one, and
+    drafts must promise `caution` more than plain decoding.
 
     choices  the K it may take, 0 among them; each is a graph of its own where rounds are compiled
     start    the K to begin with
-    margin, budget  shares          memory    rounds after which an observation counts for a third
+    margin, caution, budget  shares          memory    rounds after which an observation counts for a third
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class ExpectedSpeedup(DraftSchedule):
         start: int = 1,
         *,
         margin: float = 0.02,
+        caution: float = 0.05,
         budget: float = 0.01,
         memory: float = 40.0,
     ) -> None:
@@ -168,7 +172,7 @@ class ExpectedSpeedup(DraftSchedule):
                 f"ExpectedSpeedup(choices={tuple(choices)}, start={start}) was asked for; choices must hold 0 (plain decoding), "
                 "a larger K and start, as (0, 1, 3) with start=1."
             )
-        self.start, self.margin, self.budget, self.forgetting = start, margin, budget, 1 - 1 / memory
+        self.start, self.margin, self.caution, self.budget, self.forgetting = start, margin, caution, budget, 1 - 1 / memory
         self._tried, self._kept = [0.0] * longest, [0.0] * longest
         self._costs: dict[Place, dict[int, deque[float]]] = defaultdict(dict)
         self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
@@ -205,7 +209,9 @@ class ExpectedSpeedup(DraftSchedule):
                 return k
         outlook = {each.num_speculative_tokens: each for each in self.outlook()}
         best = max(outlook.values(), key=lambda each: each.rate)
-        if best.rate > (1 + self.margin) * outlook[self._current].rate:
+        if best.rate < (1 + self.caution) * outlook[0].rate:
+            self._current = 0
+        elif best.rate > (1 + self.margin) * outlook[self._current].rate:
             self._current = best.num_speculative_tokens
         return self._explored(outlook)
 
@@ -254,22 +260,23 @@ class ExpectedSpeedup(DraftSchedule):
         return self._costs[nearest][k] if nearest else deque()
 
     def _cost(self, k: int, place: Place | None = None) -> float:
-        """Seconds of a round: measured, or on the line between (or beyond) the two nearest K that are."""
+        """Seconds of a round: measured, or on the line through the two nearest K that are; no less than those of a shorter K."""
         known = {each: median_low(seconds) for each in self.choices if (seconds := self._measured(each, place))}
-        if k in known or not known:
-            return known.get(k, 1.0)
+        if not known:
+            return 1.0
+        least = max((seconds for each, seconds in known.items() if each <= k), default=0.0)
         near = sorted(known, key=lambda each: abs(each - k))[:2]
-        if len(near) == 1:
-            return known[near[0]]
+        if k in known or len(near) == 1:
+            return max(known[near[0]], least)
         slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
-        return max(known[near[0]] + slope * (k - near[0]), min(known.values()))
+        return max(known[near[0]] + slope * (k - near[0]), least)
 
     def _explored(self, outlook: dict[int, Outlook]) -> int:
-        """The current K, or a neighbour that was never tried or not for long, as far as the budget goes."""
+        """The current K, or a neighbour or 0, if never tried or not for long, as far as the budget goes."""
         here = outlook[self._current]
         due = {k for k, each in outlook.items() if self._age[k] >= EXPLORE_EVERY or not each.rounds}
         here_at = self.choices.index(self._current)
-        near = [k for k in self.choices[max(here_at - 1, 0) : here_at + 2] if k in due and k != self._current]
+        near = [k for k in {0, *self.choices[max(here_at - 1, 0) : here_at + 2]} if k in due and k != self._current]
         if not near:
             return self._current
         tried = max(near, key=lambda k: self._age[k])

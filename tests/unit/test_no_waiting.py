@@ -12,6 +12,7 @@ from mtpdecode import MTPDecoder, NGramProposer
 from mtpdecode.acceptance import StandardAcceptance
 from mtpdecode.families import FAMILIES
 from mtpdecode.loop import Clock, decode_round
+from mtpdecode.recurrent import RecurrentLayer
 from mtpdecode.testing import SyntheticAcceptance
 from tests import tiny
 from tests.families import gemma4
@@ -38,6 +39,16 @@ def abroad(thing):
         return copy.deepcopy(thing)
 
 
+def deaf(roles):
+    """What was copied while it listened has hooks that tell what stayed here; it is to register its own."""
+    for module in (*roles.verifier.target.modules(), *getattr(roles.proposer, "head", nn.Module()).modules()):
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    for layer in roles.verifier.cache.layers:
+        if isinstance(layer, RecurrentLayer):
+            layer._ears = [type(ear)(layer, ear.name) for ear in layer._ears]
+
+
 class Abroad:
     """A step that does the second round of each call on "meta" first, watched."""
 
@@ -49,8 +60,7 @@ class Abroad:
         self.verifier = roles.verifier
         if self.num_rounds == 2:
             there, them, randomness = abroad((state, roles, noise))
-            for module in (*them.verifier.target.modules(), *getattr(them.proposer, "head", nn.Module()).modules()):
-                module._forward_hooks.clear(), module._forward_pre_hooks.clear()  # they write into what stayed here
+            deaf(them)
             with them.verifier.listening(), them.proposer.listening(), NoWaiting():
                 there, verdict = self.step(
                     there, them, num_speculative_tokens, randomness, Clock(dict.fromkeys(clock.seconds, 0.0))

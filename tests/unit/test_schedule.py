@@ -281,3 +281,13 @@ def test_a_call_with_more_rows_goes_by_their_costs_from_its_first_round():
     assert schedule.next_length(Metrics(1)) == 1
     schedule.begin(64, 100)
     assert schedule.next_length(Metrics(64)) == 0, "a draft that triples the round"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("costs", [(1, 1.01, 1.02), (1, 1.1, 1.2), (1, 2.0, 3.0)])
+def test_noise_does_not_make_useless_drafts_seem_free(costs, seed):
+    """Rounds take up to half as long again by chance; a head that is never right costs 3 % at most all the same."""
+    schedule = ExpectedSpeedup((0, 1, 2))
+    simulated((0, 0), costs, 40, schedule, seed=seed, noise=0.5)
+    used = simulated((0, 0), costs, 600, schedule, seed=seed + 10, noise=0.5)
+    assert sum(costs[k] for k in used) < 1.03 * len(used), f"{Counter(used)}"
