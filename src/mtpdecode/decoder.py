@@ -106,9 +106,6 @@ class Options(NamedTuple):
         return self.acceptance if isinstance(self.acceptance, Acceptance) else acceptance_named(self.acceptance)
 
 
-NO_TOKEN = -1
-"""An end token that is never written."""
-
 HOW_TO_BUILD = (
     *("head", "spec", "assistant", "proposer", "num_speculative_tokens", "draft_sampling", "acceptance", "cache"),
     *("draft_vocabulary", "lookup", "compiled", "packed"),
@@ -252,7 +249,7 @@ class MTPDecoder:
         settings = {"do_sample": False, **options, "num_speculative_tokens": trial}
         settings["max_new_tokens"] = sum(trial.lengths) + len(trial.lengths)
         if config is not None and config.eos_token_id is not None:  # as many as usual, but none that is ever written
-            settings["eos_token_id"] = torch.full_like(torch.tensor(config.eos_token_id), NO_TOKEN).tolist()
+            settings["eos_token_id"] = torch.full_like(torch.tensor(config.eos_token_id), size).tolist()
         rounds = self.stream(inputs, attention_mask=torch.ones_like(inputs), **settings)
         for _ in zip(trial.lengths, rounds, strict=False):
             tick()
