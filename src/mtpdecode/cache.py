@@ -296,9 +296,9 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
-        slots = self._roomy(slots)
-        index = self._slots.written.to(states.device)[:, None, :, None].expand_as(states)
-        return slots.scatter_(2, index, states)
+        rows, heads = (torch.arange(size, device=states.device) for size in states.shape[:2])
+        places = rows[:, None, None], heads[:, None], self._slots.written.to(states.device)[:, None]
+        return self._roomy(slots).index_put_(places, states)  # scatter_ takes as long as there are slots
 
     def _roomy(self, slots: Tensor | None) -> Tensor:
         """With room for more than the visible slots: if at all, at least twice as many as before, so that all growth together

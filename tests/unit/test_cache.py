@@ -177,3 +177,21 @@ def test_more_than_was_written_cannot_be_kept():
 def test_a_window_leaves_no_gap():
     with pytest.raises(CacheError, match=r"asked for at slot 2; only 0 were ever written\. Give a smaller offset"):
         CropCache(FULL, 1, 1, CPU).window(1, torch.tensor([2]))
+
+
+def test_writing_costs_what_is_written():
+    """Not what is reserved: the operators that write into the slots are none that go through all of them (`scatter_` does)."""
+    cache = RaggedCache(CacheLayout({"full_attention": None}, "sdpa", torch.float32), 1, 2, torch.device("cpu"))
+    cache.reserve(50)
+    states, called = torch.randn(2, 3, 4, 8), []
+
+    class Names(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    cache.window(4).cache.layers[0].update(states, states)
+    with Names():
+        keys, _ = cache.window(4).cache.layers[0].update(states, states)
+    assert not {"scatter_", "scatter", "clone", "copy_", "cat", "gather"} & set(called), f"{called}"
+    assert torch.equal(keys[:, :, :4], states)
