@@ -31,7 +31,8 @@ class CompiledRound:
     def __init__(self, backend: str = "inductor") -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
         self._backend = backend
-        self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend)
+        self._options = SAFELY if backend == "inductor" else {}
+        self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend, options=self._options)
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
         self._asking = self._untraceable = self._hooks = ""
@@ -60,7 +61,7 @@ class CompiledRound:
 
     def _in_pieces(self, roles: Roles, error: Exception) -> None:
         self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
-        self._step, self._is_whole = torch.compile(_silent_round, backend=self._backend), False
+        self._step, self._is_whole = torch.compile(_silent_round, backend=self._backend, options=self._options), False
 
     def _warn(self, roles: Roles, reason: str, what: str) -> None:
         if not self._has_warned:
@@ -82,6 +83,10 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "; ".join(lines[:1] + [line for line in lines if line.startswith("Caused by:")][:1]) or "unknown"
 
+
+SAFELY: dict[str, Any] = {"inplace_buffers": False}
+"""inductor of torch 2.13 writes in place into a part of a `cat` whose memory it has given away: a draft's tokens, then what was
+appended, lay where the head's lengths were. A round's tensors are small; nothing is lost by not writing in place."""
 
 MOST_GRAPHS = 64
 """Graphs that one process may hold: batch sizes times K, and what else differs between calls."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtpdecode import MTPDecoder
+from mtpdecode import MTPDecoder, NGramProposer
 from mtpdecode.compiled import CompiledRound
 from tests import tiny
 
@@ -78,6 +78,44 @@ def test_a_hook_that_comes_later_is_seen():
     handle.remove()
     assert torch.equal(decoder.generate(ids, **options), before)
     assert num_graphs() == 2, "and the first graph is found again"
+
+
+def lengths_by_round(decoder, batch):
+    """What every cache of a decoder held behind each round, and what the round appended."""
+    seen, step = [], decoder.step
+
+    def watched(state, roles, *args):
+        result = step(state, roles, *args)
+        seen.append(([cache.lengths.tolist() for cache in roles.caches], result[1].counts.tolist()))
+        return result
+
+    decoder.step = watched
+    decoder.generate(**batch, max_new_tokens=24, do_sample=False)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler loads parts of its own that say so
+@pytest.mark.parametrize(
+    ("num_rows", "num_layers", "options"),
+    [
+        (1, 1, {"num_speculative_tokens": 1, "draft_vocabulary": list(range(0, tiny.VOCAB, 2))}),
+        (1, 2, {"num_speculative_tokens": 2, "draft_vocabulary": list(range(0, tiny.VOCAB, 2))}),
+        (1, 1, {"num_speculative_tokens": 1}),
+        (2, 1, {"num_speculative_tokens": 2, "lookup": NGramProposer(2)}),
+    ],
+)
+def test_inductor_drafts_the_same(num_rows, num_layers, options):
+    """Greedy text hides a spoiled draft, so what is compared is how much of each was kept, and every cache's lengths.
+
+    The compiler's reuse of buffers once put the head's lengths into the memory of the tokens that were appended.
+    """
+    batch = tiny.padded(tiny.prompts()[:num_rows])
+    eager, compiled = (
+        MTPDecoder.from_model(tiny.target("llama"), head=tiny.head("llama", num_layers), compiled=compiled, **options)
+        for compiled in (False, True)
+    )
+    assert lengths_by_round(compiled, batch) == lengths_by_round(eager, batch)
 
 
 @pytest.mark.slow
