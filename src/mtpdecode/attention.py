@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -25,15 +26,43 @@ def folded_attention(
 
     transformers copies keys and values g times over instead, in every layer and round. -> (B, T, H, D), None
     """
-    groups = query.shape[1] // key.shape[1]
     is_unusual = any(isinstance(kwargs.get(name), Tensor) or kwargs.get(name) for name in UNUSUAL)
-    if groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or is_unusual:
+    if attention_mask is None or attention_mask.shape[1] != 1 or is_unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, heads, num_tokens, width = query.shape
+    groups = heads // key.shape[1]
     folded = query.reshape(rows, key.shape[1], groups * num_tokens, width)
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    mask = _MASKS.folded(attention_mask, groups, query)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=kwargs.get("scaling"))
     return output.reshape(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), None
+
+
+class _Masks:
+    """The mask that was folded last: most layers of a forward pass are given the same one."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._last: tuple[Tensor | None, Any, Tensor] = None, None, torch.empty(0)
+
+    def folded(self, mask: Tensor, groups: int, query: Tensor) -> Tensor:
+        """mask (B, 1, T, S) -> (B, 1, groups * T, S), on a CPU as numbers to be added: torch makes them in every layer anew."""
+        if torch.compiler.is_compiling():  # a graph makes it where it is used
+            return mask.repeat(1, 1, groups, 1)
+        last, kind = self._last, (groups, query.dtype, query.device)
+        if last[0] is not mask or last[1] != kind:
+            self._last = last = mask, kind, _additive(mask, query).repeat(1, 1, groups, 1)
+        return last[2]
+
+
+_MASKS = _Masks()
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or query.device.type != "cpu":
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
 
 
 @contextmanager
@@ -48,3 +77,4 @@ def folding() -> Iterator[None]:
         yield
     finally:
         AttentionInterface.register(NAME, usual)
+        _MASKS.forget()

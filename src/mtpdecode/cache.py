@@ -204,11 +204,19 @@ class _Slots:
         self.written = torch.zeros(num_rows, 0, dtype=torch.long, device=device)
         self.numbers = torch.arange(0, device=device)
         self.num_used = 0
+        self._rows = torch.arange(num_rows, device=device)[:, None, None]
+        self._heads: dict[int, Tensor] = {}
 
     def clear(self) -> None:
         """Nobody sees a slot any more."""
         self.num_used = max(self.num_used, self.num_visible)
         self.written, self.numbers = self.written[:, :0], self.numbers[:0]
+
+    def places(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B, 1, 1), heads (H, 1) and slots (B, 1, T) that a layer of so many heads writes."""
+        if num_heads not in self._heads:
+            self._heads[num_heads] = torch.arange(num_heads, device=self._rows.device)[:, None]
+        return self._rows, self._heads[num_heads], self.written[:, None]
 
     @property
     def num_visible(self) -> int:
@@ -296,9 +304,8 @@ class _RaggedLayer(CacheLayerMixin):
 
     def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
-        rows, heads = (torch.arange(size, device=states.device) for size in states.shape[:2])
-        places = rows[:, None, None], heads[:, None], self._slots.written.to(states.device)[:, None]
-        return self._roomy(slots).index_put_(places, states)  # scatter_ takes as long as there are slots
+        places = (places.to(states.device) for places in self._slots.places(states.shape[1]))
+        return self._roomy(slots).index_put_(tuple(places), states)  # scatter_ takes as long as there are slots
 
     def _roomy(self, slots: Tensor | None) -> Tensor:
         """With room for more than the visible slots: if at all, at least twice as many as before, so that all growth together
