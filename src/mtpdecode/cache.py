@@ -161,6 +161,11 @@ class RaggedCache(KVCacheManager):
         """How many slots windows may use, and how many they look at."""
         return self._slots.num_visible
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Slots, and tokens of the last window: while these stay, so does every shape that is held here."""
+        return self.num_slots, self._slots.written.shape[1]
+
     def reserve(self, num_slots: int) -> None:
         if num_slots > self.num_slots:
             first = self.num_slots
@@ -264,7 +269,12 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        if self._is_full(self.keys):
+            self.grow()
+        self._put(self.keys, key_states)
+        self._put(self.values, value_states)
         return self.keys[:, :, : self._slots.num_visible], self.values[:, :, : self._slots.num_visible]
 
     def grow(self) -> None:
@@ -286,7 +296,9 @@ class _RaggedLayer(CacheLayerMixin):
 
         Slots that nobody wrote, or that are not committed, lie behind the window: models mask them out before they choose.
         """
-        self.index_keys = self._written(idx_k[:, :, :0] if self.index_keys is None else self.index_keys, idx_k)
+        if self.index_keys is None or self._is_full(self.index_keys):
+            self.index_keys = self._roomy(idx_k[:, :, :0] if self.index_keys is None else self.index_keys)
+        self._put(self.index_keys, idx_k)
         return self.index_keys[:, :, : self._slots.num_visible]
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
@@ -302,17 +314,21 @@ class _RaggedLayer(CacheLayerMixin):
     def indexer_position_ids(self, positions: Tensor) -> None:
         """Slots are where they are: what transformers sets is known."""
 
-    def _written(self, slots: Tensor | None, states: Tensor) -> Tensor:
-        """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place."""
+    def _put(self, slots: Tensor, states: Tensor) -> None:
+        """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place: a compiled round hands no tensor back."""
         places = (places.to(states.device) for places in self._slots.places(states.shape[1]))
-        return self._roomy(slots).index_put_(tuple(places), states)  # scatter_ takes as long as there are slots
+        slots.index_put_(tuple(places), states)  # scatter_ takes as long as there are slots
+
+    def _is_full(self, slots: Tensor) -> bool:
+        """Never while there is just enough: a compiler would take the two sizes for one."""
+        return slots.shape[2] <= self._slots.num_visible
 
     def _roomy(self, slots: Tensor | None) -> Tensor:
         """With room for more than the visible slots: if at all, at least twice as many as before, so that all growth together
-        copies each of them about once. Never just enough: a compiler would take the two sizes for one."""
+        copies each of them about once."""
         assert slots is not None
         rows, heads, old, width = slots.shape
-        if old > self._slots.num_visible:
+        if not self._is_full(slots):
             return slots
         grown = slots.new_zeros(rows, heads, max(self._slots.num_visible + BUCKET, 2 * old), width)
         grown[:, :, :old] = slots
@@ -382,7 +398,9 @@ class _CompressedLayer(_RaggedLayer, HookedLayer):
     def store_compression_weights(self, name: str, kv: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
         """kv, gate (B, T, d), what the window's tokens give -> the same of all slots, and where the first block begins."""
         given, old = torch.cat([kv, gate], dim=-1)[:, None], self._given.get(name)
-        self._given[name] = self._written(given[:, :, :0] if old is None else old, given)
+        if old is None or self._is_full(old):
+            self._given[name] = self._roomy(given[:, :, :0] if old is None else old)
+        self._put(self._given[name], given)
         num_slots = self._slots.num_visible // self._size * self._size
         all_kv, all_gate = self._given[name][:, 0, :num_slots].chunk(2, dim=-1)
         return all_kv, all_gate, 0

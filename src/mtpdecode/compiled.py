@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
-from weakref import ref
+from types import FunctionType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
+from .acceptance import ACCEPTANCE
 from .cache import RaggedCache
 from .loop import Clock, Roles, decode_round
 from .recurrent import RecurrentLayer
@@ -31,8 +33,6 @@ class CompiledRound:
     def __init__(self, backend: str = "inductor") -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
         self._backend = backend
-        self._options = SAFELY if backend == "inductor" else {}
-        self._step: Any = torch.compile(_silent_round, fullgraph=True, backend=backend, options=self._options)
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
         self._asking = self._untraceable = self._hooks = ""
@@ -45,23 +45,29 @@ class CompiledRound:
         if why := self._asking or self._untraceable:
             self._warn(roles, why, "runs as without compiled=True.")
             return decode_round(state, roles, num_speculative_tokens, noise, clock)
-        _leave_open(state, roles)
         try:
-            result: tuple[DecodeState, Verdict] = self._step(state, roles, num_speculative_tokens, noise, self._hooks)
+            result = self._kind(state, roles, num_speculative_tokens)(state, roles, num_speculative_tokens, noise, self._hooks)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             if not self._is_whole:
                 raise
             if not isinstance(error, torch._dynamo.exc.Unsupported):  # in pieces it would come again, in the midst of a round
                 self._untraceable = _reason(error)
                 return self(state, roles, num_speculative_tokens, noise, clock)
-            self._in_pieces(roles, error)
-            result = self._step(state, roles, num_speculative_tokens, noise, self._hooks)
+            self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
+            self._is_whole = False
+            result = self._kind(state, roles, num_speculative_tokens)(state, roles, num_speculative_tokens, noise, self._hooks)
         clock.lap("round")
         return result
 
-    def _in_pieces(self, roles: Roles, error: Exception) -> None:
-        self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
-        self._step, self._is_whole = torch.compile(_silent_round, backend=self._backend, options=self._options), False
+    def _kind(self, state: DecodeState, roles: Roles, num_speculative_tokens: int) -> _Kind:
+        """All decoders of a model share their graphs."""
+        num_rows, num_fresh = state.fresh.states.shape[:2]
+        shape = num_rows, num_speculative_tokens, num_fresh if num_speculative_tokens else 0
+        key = shape, roles.sampler.do_sample, roles.sampler.is_plain, roles.rule, self._backend, self._is_whole, self._hooks
+        kinds = _KINDS.setdefault(roles.verifier.target, {})
+        if key not in kinds:
+            kinds[key] = _Kind(self._backend, self._is_whole, f"round_k{num_speculative_tokens}_b{num_rows}")
+        return kinds[key]
 
     def _warn(self, roles: Roles, reason: str, what: str) -> None:
         if not self._has_warned:
@@ -84,9 +90,72 @@ def _reason(error: Exception) -> str:
     return "; ".join(lines[:1] + [line for line in lines if line.startswith("Caused by:")][:1]) or "unknown"
 
 
-SAFELY: dict[str, Any] = {"inplace_buffers": False}
-"""inductor of torch 2.13 writes in place into a part of a `cat` whose memory it has given away: a draft's tokens, then what was
-appended, lay where the head's lengths were. A round's tensors are small; nothing is lost by not writing in place."""
+class _Checked(NamedTuple):
+    """The call and its sizes, the graph that was found for them, and whether it was found twice."""
+
+    verifier: Callable[[], Verifier | None]
+    sizes: tuple[object, ...]
+    graph: FunctionType | None = None
+    is_sure: bool = False
+
+
+class _Kind:
+    """Rounds of one K, batch size and way of sampling, compiled, with a code of their own so that only their graphs are tried.
+
+    To check that a graph holds costs as much as two layers. Within a call and while no cache grows, it is found to hold in two
+    rounds that follow each other; the second time behind itself, so that what it leaves behind is what it will find from then
+    on. The rounds behind run it at once. Not where code of the user's takes part in a round: that may count.
+    """
+
+    def __init__(self, backend: str, is_whole: bool, name: str) -> None:
+        code = _silent_round.__code__.replace(co_name=name)  # torch knows graphs by code, and by name what sizes have changed
+        self._function, self._is_whole = FunctionType(code, _silent_round.__globals__, name), is_whole
+        options = SAFELY if backend == "inductor" else {}
+        self._compiled: Any = torch.compile(self._function, fullgraph=is_whole, backend=backend, options=options)
+        self._checked = _Checked(lambda: None, ())
+
+    def __call__(
+        self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
+    ) -> tuple[DecodeState, Verdict]:
+        given, sizes = (state, roles, num_speculative_tokens, noise, hooks), _sizes(roles, hooks) if self._is_whole else ()
+        checked = self._checked
+        if sizes and checked.sizes == sizes and checked.verifier() is roles.verifier:
+            if not checked.is_sure:
+                graph = self._found(given)
+                is_again = graph is not None and checked.graph is not None and graph.__code__ is checked.graph.__code__
+                self._checked = checked = checked._replace(graph=graph, is_sure=is_again)
+            if checked.graph is not None:
+                return checked.graph(*given)  # type: ignore[no-any-return]
+        _leave_open(state, roles)
+        self._checked = _Checked(ref(roles.verifier), sizes)
+        return self._compiled(*given)  # type: ignore[no-any-return]
+
+    def _found(self, given: tuple[Any, ...]) -> FunctionType | None:
+        """The graph that holds for what is given, all its guards evaluated."""
+        names = dict(zip(self._function.__code__.co_varnames, given, strict=False))
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(self._function.__code__)
+        code = next((entry.code for entry in entries if entry.guard_manager.check(names)), None)
+        return None if code is None else FunctionType(code, self._function.__globals__)
+
+
+_KINDS: WeakKeyDictionary[nn.Module, dict[Any, _Kind]] = WeakKeyDictionary()
+
+
+def _sizes(roles: Roles, hooks: str) -> tuple[object, ...]:
+    """What changes between rounds of a call that have one K, besides numbers in tensors. Empty: nobody knows."""
+    is_ours = type(roles.proposer).__module__.startswith(f"{__package__}.") and roles.rule in ACCEPTANCE.values()
+    if not is_ours or hooks != NO_HOOKS or not roles.sampler.is_prefix_free:
+        return ()
+    caches = [cache for cache in roles.caches if type(cache) is RaggedCache]
+    return tuple(cache.sizes for cache in caches) if len(caches) == len(roles.caches) else ()
+
+
+NO_HOOKS = "[]"
+
+SAFELY: dict[str, Any] = {"inplace_buffers": False, "size_asserts": False, "alignment_asserts": False}
+"""For inductor. In torch 2.13 it writes in place into a part of a `cat` whose memory it gave away: a draft's tokens, then what
+was appended, lay where the head's lengths were. A round's tensors are small; nothing is lost by not writing in place. What the
+asserts look at, sizes of buffers by the hundred in every round, is what graphs are made for."""
 
 MOST_GRAPHS = 64
 """Graphs that one process may hold: batch sizes times K, and what else differs between calls."""

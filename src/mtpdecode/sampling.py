@@ -64,6 +64,7 @@ class Sampler:
                     "processed exactly. Leave its option out, or call model.generate() without mtpdecode."
                 )
         self.do_sample = do_sample
+        self.is_prefix_free = all(type(processor) in PREFIX_FREE for processor in processors)
         self._rows = [[_for_row(processor, row, pad) for row, pad in enumerate(padding)] for processor in processors]
 
     @property

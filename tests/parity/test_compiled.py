@@ -1,10 +1,12 @@
 """A compiled round does what `decode_round` does, in one graph for every batch size and K, however long the text grows."""
 
+from itertools import zip_longest
+
 import pytest
 import torch
 
 from mtpdecode import MTPDecoder, NGramProposer
-from mtpdecode.compiled import CompiledRound
+from mtpdecode.compiled import CompiledRound, _Kind
 from tests import tiny
 
 NAMES = ("llama", "sliding", "mimo", "deepseek_v3")
@@ -78,6 +80,60 @@ def test_a_hook_that_comes_later_is_seen():
     handle.remove()
     assert torch.equal(decoder.generate(ids, **options), before)
     assert num_graphs() == 2, "and the first graph is found again"
+
+
+def test_a_graph_is_checked_twice_for_each_size(monkeypatch):
+    """And once by torch; behind that it runs at once, until a cache grows."""
+    checked, found = [], _Kind._found
+    monkeypatch.setattr(_Kind, "_found", lambda self, given: checked.append(found(self, given)) or checked[-1])
+    decoder, row = compiled("llama", num_speculative_tokens=2), tiny.prompts()[0]
+    sequences = decoder.generate(torch.tensor([row]), max_new_tokens=2 * LONG, do_sample=False)
+    assert sequences[0].tolist() == [*row, *tiny.plain("llama", row, max_new_tokens=2 * LONG)]
+    assert 2 < len(checked) <= 2 * (2 * LONG // 64 + 2)
+    assert all(checked)
+    assert decoder.metrics.num_rounds > 3 * len(checked)
+    assert num_graphs() == 1
+
+
+def test_a_graph_with_code_of_the_users_is_checked_always(monkeypatch):
+    checked, found = [], _Kind._found
+    monkeypatch.setattr(_Kind, "_found", lambda self, given: checked.append(found(self, given)) or checked[-1])
+    decoder, ids = compiled("llama", num_speculative_tokens=1, backend="eager"), torch.tensor([tiny.prompts()[0]])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    decoder.generate(ids, **options)
+    assert checked
+    checked.clear()
+    handle = decoder.target.lm_head.register_forward_hook(lambda module, args, output: output * 1.0)
+    decoder.generate(ids, **options)
+    handle.remove()
+    assert not checked
+
+
+def test_two_texts_at_once_keep_to_their_own_graphs():
+    """One decoder, two streams that take turns, greedy and sampled: each is what it is alone."""
+    decoder, ids = compiled("llama", num_speculative_tokens=2), torch.tensor([tiny.prompts()[0]])
+    settings = [{"do_sample": False}, {"do_sample": True, "seed": 3}, {"do_sample": False, "num_speculative_tokens": 1}]
+    alone = [list(tiny.decoder("llama", 2).stream(ids, max_new_tokens=30, **each)) for each in settings]
+    streams = [decoder.stream(ids, max_new_tokens=30, **each) for each in settings]
+    together = [[] for _ in streams]
+    for chunks in zip_longest(*streams):
+        for text, chunk in zip(together, chunks, strict=True):
+            text += [] if chunk is None else [chunk]
+    for one, other in zip(together, alone, strict=True):
+        assert one == other
+
+
+def test_a_replaced_layer_is_seen_by_the_next_call():
+    target = tiny.build("llama")
+    decoder = MTPDecoder.from_model(target, head=tiny.build_head(target, tiny.row_of("llama")), num_speculative_tokens=1)
+    decoder.step, ids = CompiledRound("aot_eager"), torch.tensor([[3, 4, 5, 6]])
+    options = {"max_new_tokens": 12, "do_sample": False}
+    before = decoder.generate(ids, **options)
+    norm = target.model.norm
+    target.model.norm = torch.nn.Sequential(torch.nn.LayerNorm(norm.weight.shape[0]))
+    after = decoder.generate(ids, **options)
+    assert torch.equal(after, target.generate(ids, **options))
+    assert not torch.equal(after, before)
 
 
 def lengths_by_round(decoder, batch):
