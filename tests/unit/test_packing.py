@@ -88,11 +88,12 @@ def test_stands_in_only_inside():
 def test_two_decoders_share_a_copy_which_goes_with_the_model():
     layer, known = linear(), set(packing._WEIGHTS)
     packings = [Packing([layer]), Packing([layer])]
-    assert len(set(packing._WEIGHTS) - known) == 1
+    ours = set(packing._WEIGHTS) - known
+    assert len(ours) == 1
     assert packings[0].num_bytes == layer.weight.nbytes
     del packings, layer
     gc.collect()
-    assert set(packing._WEIGHTS) == known
+    assert not ours & set(packing._WEIGHTS)  # others may have gone too: models of earlier tests
 
 
 class Louder(nn.Linear):
