@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mtpdecode
@@ -160,7 +160,7 @@ LEAVE = len(MARKS)
 _MARKED = [Stopwatch()]
 """Who hears the marks; a graph can hold no stopwatch."""
 
-_LIBRARY = torch.library.Library("mtpdecode_benchmarks", "DEF")
+_LIBRARY = library.Library("mtpdecode_benchmarks", "DEF")
 _LIBRARY.define("mark(Tensor[] before, int part) -> Tensor")
 
 
@@ -174,7 +174,7 @@ def _mark(before: Sequence[Tensor], part: int) -> Tensor:
 
 
 _LIBRARY.impl("mark", _mark, "CompositeExplicitAutograd")
-torch.library.register_fake("mtpdecode_benchmarks::mark", lambda before, part: before[0].new_zeros((), dtype=torch.long))
+library.register_fake("mtpdecode_benchmarks::mark", lambda before, part: before[0].new_zeros((), dtype=torch.long))
 
 
 def _marked(tensors: Sequence[Tensor], part: int, others: Sequence[Tensor] = ()) -> list[Tensor]:

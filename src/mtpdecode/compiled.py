@@ -50,12 +50,12 @@ class CompiledRound:
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             if not self._is_whole:
                 raise
-            if not isinstance(error, torch._dynamo.exc.Unsupported):  # in pieces it would come again, in the midst of a round
+            if isinstance(error, torch._dynamo.exc.Unsupported):
+                self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
+                self._is_whole = False
+            else:  # in pieces it would come again, in the midst of a round
                 self._untraceable = _reason(error)
-                return self(state, roles, num_speculative_tokens, noise, clock)
-            self._warn(roles, _reason(error), "is compiled in pieces, which is slower than one graph.")
-            self._is_whole = False
-            result = self._kind(state, roles, num_speculative_tokens)(state, roles, num_speculative_tokens, noise, self._hooks)
+            return self(state, roles, num_speculative_tokens, noise, clock)
         clock.lap("round")
         return result
 

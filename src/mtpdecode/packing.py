@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 USUAL_TOKENS = 4
 """For so many tokens oneDNN chooses the blocks: a window's. More and fewer go through the same blocks."""
@@ -26,7 +26,7 @@ SAMPLES = 64
 _WEIGHTS: dict[int, tuple[Tensor, Tensor | None]] = {}
 """Packed weights and their biases by number: graphs cannot be given packed tensors, but numbers."""
 
-_LIBRARY = torch.library.Library("mtpdecode", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = library.Library("mtpdecode", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("packed_linear(Tensor x, int number, int num_out) -> Tensor")  # type: ignore[no-untyped-call]
 
 

@@ -20,6 +20,22 @@ def compiled(name, num_layers=1, backend="aot_eager", **options):
     return decoder
 
 
+def compiled_alone():
+    """-> decoder, target: a model that may be changed, for no other test has it."""
+    target = tiny.build("llama")
+    decoder = MTPDecoder.from_model(target, head=tiny.build_head(target, tiny.row_of("llama")), num_speculative_tokens=1)
+    decoder.step = CompiledRound("aot_eager")
+    return decoder, target
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Grows by what was found, whenever a graph is looked for by our own check."""
+    seen, found = [], _Kind._found
+    monkeypatch.setattr(_Kind, "_found", lambda self, given: seen.append(found(self, given)) or seen[-1])
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def _no_graphs_of_others():
     torch._dynamo.reset()
@@ -68,10 +84,8 @@ def test_auto_changes_k_between_graphs():
 
 def test_a_hook_that_comes_later_is_seen():
     """torch guards a graph against much, but not against hooks."""
-    target = tiny.build("llama")
-    decoder = MTPDecoder.from_model(target, head=tiny.build_head(target, tiny.row_of("llama")), num_speculative_tokens=1)
-    decoder.step, ids = CompiledRound("aot_eager"), torch.tensor([[3, 4, 5, 6]])
-    options = {"max_new_tokens": 12, "do_sample": False}
+    decoder, target = compiled_alone()
+    ids, options = torch.tensor([[3, 4, 5, 6]]), {"max_new_tokens": 12, "do_sample": False}
     before = decoder.generate(ids, **options)
     handle = target.lm_head.register_forward_hook(lambda module, args, output: output.roll(7, dims=-1))
     hooked = decoder.generate(ids, **options)
@@ -82,10 +96,8 @@ def test_a_hook_that_comes_later_is_seen():
     assert num_graphs() == 2, "and the first graph is found again"
 
 
-def test_a_graph_is_checked_twice_for_each_size(monkeypatch):
+def test_a_graph_is_checked_twice_for_each_size(checked):
     """And once by torch; behind that it runs at once, until a cache grows."""
-    checked, found = [], _Kind._found
-    monkeypatch.setattr(_Kind, "_found", lambda self, given: checked.append(found(self, given)) or checked[-1])
     decoder, row = compiled("llama", num_speculative_tokens=2), tiny.prompts()[0]
     sequences = decoder.generate(torch.tensor([row]), max_new_tokens=2 * LONG, do_sample=False)
     assert sequences[0].tolist() == [*row, *tiny.plain("llama", row, max_new_tokens=2 * LONG)]
@@ -95,9 +107,7 @@ def test_a_graph_is_checked_twice_for_each_size(monkeypatch):
     assert num_graphs() == 1
 
 
-def test_a_graph_with_code_of_the_users_is_checked_always(monkeypatch):
-    checked, found = [], _Kind._found
-    monkeypatch.setattr(_Kind, "_found", lambda self, given: checked.append(found(self, given)) or checked[-1])
+def test_a_graph_with_code_of_the_users_is_checked_always(checked):
     decoder, ids = compiled("llama", num_speculative_tokens=1, backend="eager"), torch.tensor([tiny.prompts()[0]])
     options = {"max_new_tokens": 20, "do_sample": False}
     decoder.generate(ids, **options)
@@ -124,10 +134,8 @@ def test_two_texts_at_once_keep_to_their_own_graphs():
 
 
 def test_a_replaced_layer_is_seen_by_the_next_call():
-    target = tiny.build("llama")
-    decoder = MTPDecoder.from_model(target, head=tiny.build_head(target, tiny.row_of("llama")), num_speculative_tokens=1)
-    decoder.step, ids = CompiledRound("aot_eager"), torch.tensor([[3, 4, 5, 6]])
-    options = {"max_new_tokens": 12, "do_sample": False}
+    decoder, target = compiled_alone()
+    ids, options = torch.tensor([[3, 4, 5, 6]]), {"max_new_tokens": 12, "do_sample": False}
     before = decoder.generate(ids, **options)
     norm = target.model.norm
     target.model.norm = torch.nn.Sequential(torch.nn.LayerNorm(norm.weight.shape[0]))

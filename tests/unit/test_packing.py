@@ -86,14 +86,14 @@ def test_stands_in_only_inside():
 
 
 def test_two_decoders_share_a_copy_which_goes_with_the_model():
+    gc.collect()  # models that earlier tests left
     layer, known = linear(), set(packing._WEIGHTS)
     packings = [Packing([layer]), Packing([layer])]
-    ours = set(packing._WEIGHTS) - known
-    assert len(ours) == 1
+    assert len(set(packing._WEIGHTS) - known) == 1
     assert packings[0].num_bytes == layer.weight.nbytes
     del packings, layer
     gc.collect()
-    assert not ours & set(packing._WEIGHTS)  # others may have gone too: models of earlier tests
+    assert set(packing._WEIGHTS) == known
 
 
 class Louder(nn.Linear):
