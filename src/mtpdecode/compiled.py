@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -90,21 +90,12 @@ def _reason(error: Exception) -> str:
     return "; ".join(lines[:1] + [line for line in lines if line.startswith("Caused by:")][:1]) or "unknown"
 
 
-class _Checked(NamedTuple):
-    """The call and its sizes, the graph that was found for them, and whether it was found twice."""
-
-    verifier: Callable[[], Verifier | None]
-    sizes: tuple[object, ...]
-    graph: FunctionType | None = None
-    is_sure: bool = False
-
-
 class _Kind:
     """Rounds of one K, batch size and way of sampling, compiled, with a code of their own so that only their graphs are tried.
 
-    To check that a graph holds costs as much as two layers. Within a call and while no cache grows, it is found to hold in two
-    rounds that follow each other; the second time behind itself, so that what it leaves behind is what it will find from then
-    on. The rounds behind run it at once. Not where code of the user's takes part in a round: that may count.
+    To check that a graph holds costs as much as two layers. Within a call it is found to hold in two rounds that follow each
+    other, the second time behind itself, so that what it leaves behind is what it will find from then on; and once more for each
+    other size of the caches. Otherwise it runs at once. Not where code of the user's takes part in a round: that may count.
     """
 
     def __init__(self, backend: str, is_whole: bool, name: str) -> None:
@@ -112,23 +103,29 @@ class _Kind:
         self._function, self._is_whole = FunctionType(code, _silent_round.__globals__, name), is_whole
         options = SAFELY if backend == "inductor" else {}
         self._compiled: Any = torch.compile(self._function, fullgraph=is_whole, backend=backend, options=options)
-        self._checked = _Checked(lambda: None, ())
+        self._verifier: Callable[[], Verifier | None] = lambda: None
+        self._last: FunctionType | None = None
+        self._sure: dict[tuple[object, ...], FunctionType] = {}
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
     ) -> tuple[DecodeState, Verdict]:
         given, sizes = (state, roles, num_speculative_tokens, noise, hooks), _sizes(roles, hooks) if self._is_whole else ()
-        checked = self._checked
-        if sizes and checked.sizes == sizes and checked.verifier() is roles.verifier:
-            if not checked.is_sure:
-                graph = self._found(given)
-                is_again = graph is not None and checked.graph is not None and graph.__code__ is checked.graph.__code__
-                self._checked = checked = checked._replace(graph=graph, is_sure=is_again)
-            if checked.graph is not None:
-                return checked.graph(*given)  # type: ignore[no-any-return]
-        _leave_open(state, roles)
-        self._checked = _Checked(ref(roles.verifier), sizes)
-        return self._compiled(*given)  # type: ignore[no-any-return]
+        graph = self._graph(given, roles.verifier, sizes) if sizes else None
+        if graph is None:
+            _leave_open(state, roles)
+        return (graph or self._compiled)(*given)  # type: ignore[no-any-return]
+
+    def _graph(self, given: tuple[Any, ...], verifier: Verifier, sizes: tuple[object, ...]) -> FunctionType | None:
+        """The graph for these sizes, which is looked for until it is known to hold. None: torch must look, and may make one."""
+        if self._verifier() is not verifier:
+            self._verifier, self._last, self._sure = ref(verifier), None, {}
+        if sizes not in self._sure:
+            last, self._last = self._last, self._found(given)
+            if last is None or self._last is None or self._last.__code__ is not last.__code__:
+                return self._last
+            self._sure[sizes] = self._last
+        return self._sure[sizes]
 
     def _found(self, given: tuple[Any, ...]) -> FunctionType | None:
         """The graph that holds for what is given, all its guards evaluated."""

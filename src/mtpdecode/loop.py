@@ -174,6 +174,7 @@ def decode(
     """
     clock, lengths, rest = Clock(metrics.seconds), prompt.lengths.tolist(), Rest()
     roles.reserve(max(lengths))
+    text = text._replace(tokens=text.tokens.clone())  # of this call alone: rounds write into it
     state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     roles.schedule.begin(len(lengths), max(lengths))

@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
 
 class Text(NamedTuple):
-    """The tokens that processors and proposers may look at, left-aligned.
+    """The tokens that processors and proposers may look at, left-aligned. There is one for a call; what grows is its lengths.
 
         tokens   a b c d x y . .      lengths 4      x, y: drafts past the end
 
@@ -68,9 +68,10 @@ class Text(NamedTuple):
     starts: Tensor
 
     def with_draft(self, tokens: Tensor, start: int = 0) -> Text:
-        """tokens (B, k) written at `lengths + start`; the lengths stay."""
+        """tokens (B, k) written at `lengths + start`, in place: what stands past the end is nobody's. The lengths stay."""
         slots = self.lengths[:, None] + torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        return self._replace(tokens=self.tokens.scatter(1, slots, tokens))
+        self.tokens.index_put_((torch.arange(len(slots), device=slots.device)[:, None], slots), tokens)
+        return self
 
     def at(self, slots: Tensor) -> Tensor:
         """slots (B, T) -> tokens (B, T); slots past the end repeat the last."""
@@ -113,7 +114,7 @@ def _shifted(states: Tensor, offsets: Tensor, width: int) -> Tensor:
 
 
 class DecodeState(NamedTuple):
-    """Everything that changes between rounds, in tensors whose shape never does.
+    """Everything that changes between rounds, in tensors whose shape never does. Only the text's tokens are written in place.
 
         tokens   a b c d e . .      lengths 5      target's cache: a b c d      pending: e
         tokens   x y z . . . .      lengths 3      target's cache: x y          pending: z

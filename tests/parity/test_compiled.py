@@ -96,14 +96,19 @@ def test_a_hook_that_comes_later_is_seen():
     assert num_graphs() == 2, "and the first graph is found again"
 
 
-def test_a_graph_is_checked_twice_for_each_size(checked):
-    """And once by torch; behind that it runs at once, until a cache grows."""
+def test_a_graph_is_checked_twice_a_call_and_once_for_each_other_size(checked):
+    """Behind that it runs at once, until a cache grows."""
     decoder, row = compiled("llama", num_speculative_tokens=2), tiny.prompts()[0]
     sequences = decoder.generate(torch.tensor([row]), max_new_tokens=2 * LONG, do_sample=False)
     assert sequences[0].tolist() == [*row, *tiny.plain("llama", row, max_new_tokens=2 * LONG)]
+    assert checked[0] is None, "there is none yet, and torch makes one"
+    assert all(checked[1:])
     assert 2 < len(checked) <= 2 * (2 * LONG // 64 + 2)
-    assert all(checked)
     assert decoder.metrics.num_rounds > 3 * len(checked)
+    checked.clear()
+    assert torch.equal(decoder.generate(torch.tensor([row]), max_new_tokens=20, do_sample=False), sequences[:, : len(row) + 20])
+    assert len(checked) == 2
+    assert all(checked)
     assert num_graphs() == 1
 
 

@@ -32,10 +32,12 @@ def test_a_draft_is_written_past_the_end_and_the_lengths_stay():
     assert drawn_text().with_draft(torch.tensor([[Y]]), start=1).tokens.tolist() == [[A, B, C, D, 0, Y, 0, 0]]
 
 
-def test_a_draft_leaves_the_text_that_it_came_from_alone():
+def test_a_draft_is_written_in_place_and_over_the_last_one():
     text = drawn_text()
     text.with_draft(torch.tensor([[X, Y]]))
-    assert text.tokens.tolist() == [[A, B, C, D, 0, 0, 0, 0]], "states are replaced, never changed"
+    drafted = text.with_draft(torch.tensor([[Z]]))
+    assert drafted.tokens is text.tokens, "nothing is copied that grows with the text"
+    assert text.tokens.tolist() == [[A, B, C, D, Z, Y, 0, 0]]
 
 
 def test_ragged_rows_draft_at_their_own_ends():
