@@ -84,7 +84,7 @@ def means(cell: Cell, prompt: Prompt, num_tokens: int, timed: bool) -> dict[str,
     watch, options = Stopwatch(), {"max_new_tokens": num_tokens, "do_sample": False}
     with TIMERS[cell.mode](cell.decoder, watch) if timed else nullcontext():
         inputs = common.left_padded([prompt], 0)
-        found = list(rounds(cell.decoder, watch, inputs, num_speculative_tokens=cell.num_drafted, **options))
+        found = rounds(cell.decoder, watch, inputs, num_speculative_tokens=cell.num_drafted, **options)
     return {part: 1000 * fmean(each.get(part, 0.0) for each in found) for part in {part for each in found for part in each}}
 
 

@@ -91,19 +91,22 @@ class Stopwatch:
         self._since = now
 
 
-def rounds(
-    decoder: mtpdecode.MTPDecoder, watch: Stopwatch, inputs: dict[str, Tensor], **options: Any
-) -> Iterator[dict[str, float]]:
-    """Decodes; after every round what its parts took. The first round is left out, for the prompt is read with it."""
-    stream = decoder.stream(**inputs, **options)
-    next(stream)
-    while True:
+def rounds(decoder: mtpdecode.MTPDecoder, watch: Stopwatch, inputs: dict[str, Tensor], **options: Any) -> list[dict[str, float]]:
+    """Decodes with `generate`; of every round what its parts took, from one reading of tokens to the next. The first round is
+    left out, for the prompt is read with it."""
+    found: list[dict[str, float]] = []
+    update = mtpdecode.Metrics.update
+
+    def told(metrics: mtpdecode.Metrics, *args: Any) -> None:
+        found.append(watch.stop())
+        update(metrics, *args)
         watch.start(HOST)
-        chunk = next(stream, None)
-        seconds = watch.stop()
-        if chunk is None:
-            return
-        yield seconds
+
+    watch.start(HOST)
+    with patch.object(mtpdecode.Metrics, "update", told):
+        decoder.generate(**inputs, **options)
+    watch.stop()
+    return found[1:]
 
 
 # ── around calls ───────────────────────────────────────────────────────────────────────────────────────────────────────────

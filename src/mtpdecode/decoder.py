@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -383,7 +383,7 @@ class MTPDecoder:
         if streamer is not None:
             _check_streamer(rows)
             streamer.put(request.input_ids.cpu())
-        for round in self._rounds(request, options):
+        for round in self._rounds(request, options, at_once=None if streamer is None else 1):
             for row, tokens in zip(rows, round.tokens, strict=True):
                 row += tokens
             if streamer is not None:
@@ -396,7 +396,8 @@ class MTPDecoder:
             return sequences
         return MTPOutput(sequences=sequences, metrics=self.metrics)  # type: ignore[arg-type]  # any int64 tensor is meant
 
-    def _rounds(self, request: Request, options: Options) -> Iterator[Round]:
+    def _rounds(self, request: Request, options: Options, at_once: int | None = 1) -> Iterator[Round]:
+        """at_once: how many rounds to make while nobody looks, None: all; to stand aside and to be back takes time in each."""
         options = options.settled(bool(request.config.do_sample))
         roles, noise = self._roles(request, options), Noise(seeds_for(options.seed, request.prompt.lengths))
         self.verifier, self.cache, self.metrics = roles.verifier, roles.verifier.cache, Metrics(request.prompt.lengths.shape[0])
@@ -408,10 +409,10 @@ class MTPDecoder:
         try:
             while True:
                 with torch.no_grad(), evaluating(training), folding(), self.packing.used():
-                    round = next(rounds, None)
-                if round is None:
+                    made = list(islice(rounds, at_once))
+                if not made:
                     return
-                yield round
+                yield from made
         finally:  # all tokens are there, or nobody asks for more
             self._spare |= enumerate(roles.caches)
 

@@ -59,7 +59,7 @@ def test_a_watch_that_stands_still_counts_nothing():
 def timed_rounds(decoder, timer, **options):
     watch, inputs = Stopwatch(), tiny.padded(tiny.prompts())
     with timer(decoder, watch, **options):
-        return list(timers.rounds(decoder, watch, inputs, max_new_tokens=12, do_sample=False, num_speculative_tokens=2))
+        return timers.rounds(decoder, watch, inputs, max_new_tokens=12, do_sample=False, num_speculative_tokens=2)
 
 
 def test_every_part_of_an_eager_round_is_seen_and_nothing_stays_patched():
