@@ -408,7 +408,7 @@ class MTPDecoder:
         training = training_modules(self.target, *(part for part in (self.head, self.assistant) if part))
         try:
             while True:
-                with torch.no_grad(), evaluating(training), folding(), self.packing.used():
+                with torch.no_grad(), evaluating(training), folding(), self.packing.used(), roles.listening():
                     made = list(islice(rounds, at_once))
                 if not made:
                     return

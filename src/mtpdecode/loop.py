@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,12 @@ class Roles(NamedTuple):
     caches: tuple[KVCacheManager, ...]
     width: int
     late: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around rounds: hooks of ours follow target and head in here, and outside of graphs; a stream that waits leaves none."""
+        with self.verifier.listening(), self.proposer.listening():
+            yield
 
     def reserve(self, num_tokens: int) -> None:
         """Slots for the next round of rows that hold at most num_tokens: the widest window, and what the head drafts past it."""
@@ -90,7 +97,7 @@ class Rest:
     So a plain round costs no more than plain decoding, and no row of the head's is ever missing.
     """
 
-    MOST = 64
+    MOST = 256
 
     def __init__(self) -> None:
         self._kept: list[Fresh] = []
@@ -184,8 +191,7 @@ def decode(
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths) + len(unread) * roles.width)
         state = rest.before(state, roles, num_drafted)
-        with roles.verifier.listening(), roles.proposer.listening():
-            state, verdict = step(state, roles, num_drafted, noise, clock)
+        state, verdict = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
         unread.append(Report(verdict, state.done, num_drafted, begun))
         if len(unread) <= roles.late:

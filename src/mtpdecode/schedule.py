@@ -193,7 +193,7 @@ class ExpectedSpeedup(DraftSchedule):
         self._place = _place(len(seen.counts), seen.num_tokens)
         self._tokens[seen.num_drafted].append(appended)
         self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
-        usual = min(seen.seconds, 2 * self._cost(seen.num_drafted))  # a round that was compiled took a minute, once
+        usual = min(seen.seconds, 2 * _cost(seen.num_drafted, self._known()))  # a round that was compiled took a minute, once
         self._seconds += usual
         if seen.num_drafted != self._current:
             best = max(each.rate for each in self.outlook())
@@ -218,11 +218,11 @@ class ExpectedSpeedup(DraftSchedule):
     def outlook(self, place: Place | None = None) -> list[Outlook]:
         """What each K promises at a place: with as many rows, and about as long texts. None: where the last round was."""
         found, chances = [], list(accumulate(map(self._rate, range(1, self.choices[-1] + 1)), mul, initial=1.0))
+        known = self._known(place)
         for k in self.choices:
-            tokens = sum(chances[: k + 1])
-            costs, counts = self._measured(k, place), self._tokens[k]
-            measured = (sum(counts) / len(counts) if counts else float("nan"), median_low(costs) if costs else float("nan"))
-            found.append(Outlook(k, tokens, self._cost(k, place), *measured, len(costs)))
+            tokens, counts = sum(chances[: k + 1]), self._tokens[k]
+            measured = sum(counts) / len(counts) if counts else float("nan"), known.get(k, float("nan"))
+            found.append(Outlook(k, tokens, _cost(k, known), *measured, len(self._measured(k, place))))
         return found
 
     def __str__(self) -> str:
@@ -259,17 +259,9 @@ class ExpectedSpeedup(DraftSchedule):
         nearest = min(places, key=lambda place: abs(place.length - length), default=None)
         return self._costs[nearest][k] if nearest else deque()
 
-    def _cost(self, k: int, place: Place | None = None) -> float:
-        """Seconds of a round: measured, or on the line through the two nearest K that are; no less than those of a shorter K."""
-        known = {each: median_low(seconds) for each in self.choices if (seconds := self._measured(each, place))}
-        if not known:
-            return 1.0
-        least = max((seconds for each, seconds in known.items() if each <= k), default=0.0)
-        near = sorted(known, key=lambda each: abs(each - k))[:2]
-        if k in known or len(near) == 1:
-            return max(known[near[0]], least)
-        slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
-        return max(known[near[0]] + slope * (k - near[0]), least)
+    def _known(self, place: Place | None = None) -> dict[int, float]:
+        """K -> seconds of a round, where they were measured."""
+        return {k: median_low(costs) for k in self.choices if (costs := self._measured(k, place))}
 
     def _explored(self, outlook: dict[int, Outlook]) -> int:
         """The current K, or a neighbour or 0, if never tried or not for long, as far as the budget goes."""
@@ -282,6 +274,18 @@ class ExpectedSpeedup(DraftSchedule):
         tried = max(near, key=lambda k: self._age[k])
         loss = max(outlook[tried].seconds - outlook[tried].tokens / here.rate, 0.0)
         return tried if self._spent + loss <= self.budget * self._seconds else self._current
+
+
+def _cost(k: int, known: dict[int, float]) -> float:
+    """Seconds of a round: measured, or on the line through the two nearest K that are; no less than those of a shorter K."""
+    if not known:
+        return 1.0
+    least = max((seconds for each, seconds in known.items() if each <= k), default=0.0)
+    near = sorted(known, key=lambda each: abs(each - k))[:2]
+    if k in known or len(near) == 1:
+        return max(known[near[0]], least)
+    slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
+    return max(known[near[0]] + slope * (k - near[0]), least)
 
 
 EXPLORE_EVERY = 16
