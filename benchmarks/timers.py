@@ -22,7 +22,7 @@ import mtpdecode
 from mtpdecode import compiled, loop, verifier
 from mtpdecode.cache import _RaggedLayer
 from mtpdecode.sampling import Sampler
-from mtpdecode.state import DecodeState, Verdict, Window
+from mtpdecode.state import DecodeState, Window
 from mtpdecode.stopping import Stopping
 
 TARGET = "target forward"
@@ -199,12 +199,11 @@ _round, _forward = compiled.decode_round, verifier.forward
 _head_forward, _head_logits = mtpdecode.MTPHead.forward, mtpdecode.MTPHead.logits
 
 
-def _marked_round(state: DecodeState, *rest: Any) -> tuple[DecodeState, Verdict]:
+def _marked_round(state: DecodeState, *rest: Any) -> tuple[DecodeState, Tensor]:
     """Both ends of a graph: everything begins with the lengths, and ends with what is appended."""
     (lengths,) = _marked([state.text.lengths], MARKS.index(IN_GRAPH))
-    state, verdict = _round(state._replace(text=state.text._replace(lengths=lengths)), *rest)
-    ends = [state.text.tokens, state.fresh.states, *verdict]
-    return state, Verdict(*_marked(ends, LEAVE)[2:])
+    state, told = _round(state._replace(text=state.text._replace(lengths=lengths)), *rest)
+    return state, *_marked([told], LEAVE, [state.text.tokens, state.fresh.states])
 
 
 def _marked_forward(model: Any, inputs: dict[str, Tensor], window: Window, *rest: Any) -> Any:

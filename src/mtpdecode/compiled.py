@@ -9,13 +9,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .acceptance import ACCEPTANCE
 from .cache import RaggedCache
 from .loop import Clock, Roles, decode_round
 from .recurrent import RecurrentLayer
-from .state import DecodeState, Noise, Verdict
+from .state import DecodeState, Noise
 from .verifier import Verifier
 
 
@@ -39,7 +39,7 @@ class CompiledRound:
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
-    ) -> tuple[DecodeState, Verdict]:
+    ) -> tuple[DecodeState, Tensor]:
         if self._verifier() is not roles.verifier:  # a new call; a walk through the model is too long for every round
             self._verifier, self._asking, self._hooks = ref(roles.verifier), _asking(roles), _hooks(roles.verifier.target)
         if why := self._asking or self._untraceable:
@@ -109,7 +109,7 @@ class _Kind:
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
-    ) -> tuple[DecodeState, Verdict]:
+    ) -> tuple[DecodeState, Tensor]:
         given, sizes = (state, roles, num_speculative_tokens, noise, hooks), _sizes(roles, hooks) if self._is_whole else ()
         graph = self._graph(given, roles.verifier, sizes) if sizes else None
         if graph is None:
@@ -173,7 +173,7 @@ _SILENCE = _Silence()
 
 def _silent_round(
     state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
-) -> tuple[DecodeState, Verdict]:
+) -> tuple[DecodeState, Tensor]:
     """hooks: what is looked at is guarded, so that a graph is for one value of them."""
     assert hooks.startswith("[")
     return decode_round(state, roles, num_speculative_tokens, noise, _SILENCE)

@@ -66,8 +66,8 @@ class Round(NamedTuple):
 
 def decode_round(
     state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, clock: Clock
-) -> tuple[DecodeState, Verdict]:
-    """Propose, score, accept, stop, commit. The state moves on; nothing moves back.
+) -> tuple[DecodeState, Tensor]:
+    """Propose, score, accept, stop, commit. The state moves on; nothing moves back. -> state, what is told of it (`Verdict.told`)
 
     With K = 0 the head is not asked, and the state's fresh rows are those of this round alone: see `Rest`.
     """
@@ -85,10 +85,10 @@ def decode_round(
         lag = roles.proposer.lag
         fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
     clock.lap("accept")
-    return state.appended(verdict, fresh, done), verdict
+    return state.appended(verdict, fresh, done), verdict.told(done)
 
 
-Step = Callable[[DecodeState, Roles, int, Noise, "Clock"], tuple[DecodeState, Verdict]]
+Step = Callable[[DecodeState, Roles, int, Noise, "Clock"], tuple[DecodeState, Tensor]]
 
 
 class Rest:
@@ -191,9 +191,9 @@ def decode(
         begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths) + len(unread) * roles.width)
         state = rest.before(state, roles, num_drafted)
-        state, verdict = step(state, roles, num_drafted, noise, clock)
+        state, told = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
-        unread.append(Report(verdict, state.done, num_drafted, begun))
+        unread.append(Report(told, num_drafted, begun))
         if len(unread) <= roles.late:
             continue
         report = unread.popleft()
@@ -208,16 +208,12 @@ def decode(
 
 
 class Report:
-    """What a round appended, on its way to the host: one copy, begun at once and not waited for before it is read.
+    """What is told of a round (`Verdict.told`), on its way to the host: one copy, begun at once and awaited when it is read."""
 
-    a row    count  done  token token token ...
-    """
-
-    def __init__(self, verdict: Verdict, done: Tensor, num_drafted: int, begun: float) -> None:
-        rows = torch.cat([verdict.counts[:, None], done[:, None].long(), verdict.tokens], dim=1)
+    def __init__(self, told: Tensor, num_drafted: int, begun: float) -> None:
         self.num_drafted, self.begun = num_drafted, begun
-        self._rows = rows.to("cpu", non_blocking=True)
-        self._arrival = torch.cuda.Event() if rows.is_cuda else None  # type: ignore[no-untyped-call]
+        self._rows = told.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if told.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrival:
             self._arrival.record()
 

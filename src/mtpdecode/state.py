@@ -36,6 +36,10 @@ class Verdict(NamedTuple):
     tokens: Tensor
     counts: Tensor
 
+    def told(self, done: Tensor) -> Tensor:
+        """done (B,) bool -> (B, K+3) int64, what the host reads of a round: a row is  count  done  token token token ..."""
+        return torch.cat([self.counts[:, None], done[:, None].long(), self.tokens], dim=1)
+
 
 class Window(NamedTuple):
     """Where the next T tokens of every row go.

@@ -155,7 +155,7 @@ def lengths_by_round(decoder, batch):
 
     def watched(state, roles, *args):
         result = step(state, roles, *args)
-        seen.append(([cache.lengths.tolist() for cache in roles.caches], result[1].counts.tolist()))
+        seen.append(([cache.lengths.tolist() for cache in roles.caches], result[1][:, 0].tolist()))
         return result
 
     decoder.step = watched

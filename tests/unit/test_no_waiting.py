@@ -62,10 +62,8 @@ class Abroad:
             there, them, randomness = abroad((state, roles, noise))
             deaf(them)
             with them.verifier.listening(), them.proposer.listening(), NoWaiting():
-                there, verdict = self.step(
-                    there, them, num_speculative_tokens, randomness, Clock(dict.fromkeys(clock.seconds, 0.0))
-                )
-            places = {tensor.device.type for tensor in (there.text.tokens, there.fresh.states, there.done, *verdict)}
+                there, told = self.step(there, them, num_speculative_tokens, randomness, Clock(dict.fromkeys(clock.seconds, 0.0)))
+            places = {tensor.device.type for tensor in (there.text.tokens, there.fresh.states, there.done, told)}
             assert places == {"meta"}
             self.num_watched += 1
         return decode_round(state, roles, num_speculative_tokens, noise, clock)
