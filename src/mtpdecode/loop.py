@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -92,42 +92,57 @@ Step = Callable[[DecodeState, Roles, int, Noise, "Clock"], tuple[DecodeState, Te
 
 
 class Rest:
-    """What the target thought in rounds with K = 0: the head learns it when it is to draft again, or when it has become much.
+    """What the target thought and the head has not learnt: the prompt, and rounds with K = 0.
 
-    So a plain round costs no more than plain decoding, and no row of the head's is ever missing.
+    The head learns it when it is to draft, or when it has become much. So a plain round costs no more than plain decoding, a text
+    for which no draft is worth its time no more than a plain text, and no row of the head's is ever missing.
+
+    fresh  what the head was given last and wants to be handed in again
     """
 
-    MOST = 256
+    MOST = 1024
 
-    def __init__(self) -> None:
-        self._kept: list[Fresh] = []
+    def __init__(self, fresh: Fresh) -> None:
+        self._fresh: Fresh | None = fresh
+        self._prompt: list[Fresh] = []
+        self._rounds: list[Fresh] = []
+
+    def read(self, fresh: Fresh) -> None:
+        """A piece of the prompt was read."""
+        self._prompt.append(fresh)
 
     def before(self, state: DecodeState, roles: Roles, num_speculative_tokens: int) -> DecodeState:
         """The state as a round with this K wants it."""
-        if not num_speculative_tokens and not self._kept:
-            self._kept.append(state.fresh)
-        if self._kept and (num_speculative_tokens or len(self._kept) > self.MOST):
-            fresh = self._caught_up(state, roles)
-            self._kept = [] if num_speculative_tokens else [fresh]
+        if self._fresh is None and not num_speculative_tokens:
+            self._fresh = state.fresh
+        if self._fresh is not None and (num_speculative_tokens or len(self._rounds) > self.MOST):
+            fresh = self._caught_up(self._fresh, state.text, roles)
+            self._fresh = None if num_speculative_tokens else fresh
             state = state._replace(fresh=fresh)
         return state
 
     def after(self, state: DecodeState, num_speculative_tokens: int) -> None:
         """A round is over."""
         if not num_speculative_tokens:
-            self._kept.append(state.fresh)
+            self._rounds.append(state.fresh)
 
-    def _caught_up(self, state: DecodeState, roles: Roles) -> Fresh:
+    def _caught_up(self, fresh: Fresh, text: Text, roles: Roles) -> Fresh:
         """The head absorbs all of it but what it wants to be handed in again."""
-        first, *others = self._kept
-        lag, width = roles.proposer.lag, roles.width + roles.proposer.lag
-        if others:
-            states = torch.cat([fresh.states for fresh in others], dim=1)
-            counts = torch.stack([fresh.counts for fresh in others]).sum(0)
-            first = first.extended(states, counts, first.states.shape[1] + states.shape[1])
-        roles.proposer.absorb(state.text, first)
-        rest = first.last(lag + 1)
-        return rest.extended(rest.states[:, :1], torch.zeros_like(rest.counts), width)
+        keep, width = roles.proposer.lag + 1, roles.width + roles.proposer.lag
+        for piece in (*self._prompt, *_joined(self._rounds)):
+            fresh = fresh.extended(*piece, fresh.states.shape[1] + piece.states.shape[1])
+            roles.proposer.absorb(text, fresh)
+            fresh = fresh.last(keep)
+        self._prompt, self._rounds = [], []
+        nothing = Fresh(torch.zeros_like(fresh.states[:, :1]), torch.zeros_like(fresh.counts))  # all there is after one token
+        return fresh.extended(*nothing, width)
+
+
+def _joined(rounds: Sequence[Fresh]) -> list[Fresh]:
+    """Those of rounds that appended a token each, as one; none: none. A row that had finished has no more."""
+    if not rounds:
+        return []
+    return [Fresh(torch.cat([fresh.states for fresh in rounds], dim=1), torch.stack([fresh.counts for fresh in rounds]).sum(0))]
 
 
 def judge(draft: Draft, scores: Tensor, sampler: Sampler, rule: Acceptance | None, noise: Noise, positions: Tensor) -> Verdict:
@@ -138,27 +153,23 @@ def judge(draft: Draft, scores: Tensor, sampler: Sampler, rule: Acceptance | Non
     return accept(rule, draft, sampler.law(scores), noise, positions)
 
 
-def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_size: int) -> DecodeState:
-    """Everything but the prompt's last token goes through target and head, in chunks; the last one is the first pending token.
+def prefill(prompt: Prompt, text: Text, roles: Roles, chunk_size: int, hidden_size: int) -> tuple[DecodeState, Rest]:
+    """Everything but the prompt's last token goes through the target, in chunks; the last one is the first pending token.
 
-        prompt   a b c d      cache  a b c      pending  d      fresh  the hidden state of c
+        prompt   a b c d      cache  a b c      pending  d      rest  the hidden states of a b c
 
-    So the first round drafts already, and is like every other.
+    So the first round drafts already, and is like every other. After a one-token prompt the head guesses blindly.
     """
     keep, remaining = roles.proposer.lag + 1, int(prompt.lengths.max()) - 1
     nothing = torch.zeros_like(text.lengths)
     states = torch.zeros(len(nothing), keep, hidden_size, dtype=roles.verifier.target.dtype, device=nothing.device)
     fresh = Fresh(states, nothing)
-    chunk_size = max(remaining, 1) if prompt.is_whole else chunk_size
+    rest, chunk_size = Rest(fresh), max(remaining, 1) if prompt.is_whole else chunk_size
     for start in range(0, remaining, chunk_size):
         size = min(chunk_size, remaining - start)
         counts = (prompt.lengths - 1 - start).clamp(0, size)
-        hidden = roles.verifier.read(start, size, counts)
-        fresh = fresh.extended(hidden, counts, keep + size)
-        roles.proposer.absorb(text, fresh)
-        fresh = fresh.last(keep)
-    fresh = fresh.extended(states, nothing, roles.width + roles.proposer.lag)  # after a one-token prompt the head guesses blindly
-    return DecodeState(text, fresh, nothing.bool())
+        rest.read(Fresh(roles.verifier.read(start, size, counts), counts))
+    return DecodeState(text, fresh, nothing.bool()), rest
 
 
 def decode(
@@ -179,21 +190,23 @@ def decode(
 
     step  what makes a round: `decode_round`, or the same compiled
     """
-    clock, lengths, rest = Clock(metrics.seconds), prompt.lengths.tolist(), Rest()
+    clock, lengths = Clock(metrics.seconds), prompt.lengths.tolist()
     roles.reserve(max(lengths))
     text = text._replace(tokens=text.tokens.clone())  # of this call alone: rounds write into it
-    state, done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
+    (state, rest), done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
     roles.schedule.begin(len(lengths), max(lengths))
     unread: deque[Report] = deque()
     read_at = time.perf_counter()
     while not all(done):
-        begun, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
+        asked, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
         roles.reserve(max(lengths) + len(unread) * roles.width)
         state = rest.before(state, roles, num_drafted)
+        clock.lap("propose")
+        begun = time.perf_counter()
         state, told = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
-        unread.append(Report(told, num_drafted, begun))
+        unread.append(Report(told, num_drafted, asked, begun))
         if len(unread) <= roles.late:
             continue
         report = unread.popleft()
@@ -201,7 +214,8 @@ def decode(
         begun, read_at = max(report.begun, read_at), time.perf_counter()
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
         metrics.update(counts, report.num_drafted, done)
-        roles.schedule.observe(Seen(report.num_drafted, counts, done, read_at - begun, max(lengths)))
+        seconds, learning = read_at - begun, report.begun - report.asked
+        roles.schedule.observe(Seen(report.num_drafted, counts, done, seconds, max(lengths), learning))
         clock.lap("host")
         yield Round([row[:count] for row, count in zip(tokens, counts, strict=True)], done)
         clock.skip()
@@ -210,8 +224,8 @@ def decode(
 class Report:
     """What is told of a round (`Verdict.told`), on its way to the host: one copy, begun at once and awaited when it is read."""
 
-    def __init__(self, told: Tensor, num_drafted: int, begun: float) -> None:
-        self.num_drafted, self.begun = num_drafted, begun
+    def __init__(self, told: Tensor, num_drafted: int, asked: float, begun: float) -> None:
+        self.num_drafted, self.asked, self.begun = num_drafted, asked, begun
         self._rows = told.to("cpu", non_blocking=True)
         self._arrival = torch.cuda.Event() if told.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrival:

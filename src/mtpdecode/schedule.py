@@ -21,6 +21,7 @@ class Seen(NamedTuple):
     num_drafted  its K                     counts  per row, the tokens appended; 0 where the row had finished
     cut          per row, whether its text ended in this round: then its count says nothing about the tokens behind the end
     seconds      what the round took       num_tokens  the longest row, prompt included
+    learning     seconds ahead of the round in which the head learnt what it had missed, above all the prompt
     """
 
     num_drafted: int
@@ -28,6 +29,7 @@ class Seen(NamedTuple):
     cut: list[bool]
     seconds: float
     num_tokens: int
+    learning: float = 0.0
 
 
 class DraftSchedule(ABC):
@@ -177,7 +179,7 @@ class ExpectedSpeedup(DraftSchedule):
         self._costs: dict[Place, dict[int, deque[float]]] = defaultdict(dict)
         self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         self._place, self._current = Place(1, 0), start
-        self._seconds, self._spent, self._age = 0.0, 0.0, dict.fromkeys(self.choices, 0)
+        self._seconds, self._spent, self._learning, self._age = 0.0, 0.0, 0.0, dict.fromkeys(self.choices, 0)
 
     def begin(self, num_rows: int, num_tokens: int) -> None:
         self._place = _place(num_rows, num_tokens)
@@ -194,10 +196,11 @@ class ExpectedSpeedup(DraftSchedule):
         self._tokens[seen.num_drafted].append(appended)
         self._age = {k: age + 1 for k, age in self._age.items()} | {seen.num_drafted: 0}
         usual = min(seen.seconds, 2 * _cost(seen.num_drafted, self._known()))  # a round that was compiled took a minute, once
-        self._seconds += usual
+        self._seconds += usual + seen.learning
         if seen.num_drafted != self._current:
             best = max(each.rate for each in self.outlook())
-            self._spent += max(usual - appended / best, 0.0)
+            self._spent += max(usual - appended / best, 0.0) + seen.learning
+            self._learning = seen.learning
 
     def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         costs = self._costs[_place(num_rows, num_tokens)]
@@ -272,7 +275,7 @@ class ExpectedSpeedup(DraftSchedule):
         if not near:
             return self._current
         tried = max(near, key=lambda k: self._age[k])
-        loss = max(outlook[tried].seconds - outlook[tried].tokens / here.rate, 0.0)
+        loss = max(outlook[tried].seconds - outlook[tried].tokens / here.rate, 0.0) + (0.0 if self._current else self._learning)
         return tried if self._spent + loss <= self.budget * self._seconds else self._current
 
 
