@@ -1,4 +1,4 @@
-"""Write the README's measured section from results/decode.json and results/acceptance.json.
+"""Write the README's measured section, and docs/measured.md, from results/decode.json and results/acceptance.json.
 
 python -m benchmarks.report
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "measured.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 
@@ -65,8 +66,8 @@ def kept(contender: dict[str, Any]) -> tuple[float | str, str]:
 
 
 IN_GRID = (
-    *("generate", "generate use_mtp", "generate prompt lookup", "mtpdecode auto"),
-    *("mtpdecode compiled auto", "mtpdecode compiled lookup auto", "mtpdecode compiled random head auto"),
+    *("generate", "generate static compiled", "generate use_mtp", "generate prompt lookup", "mtpdecode auto"),
+    *("mtpdecode compiled K=1", "mtpdecode compiled K=3", "mtpdecode compiled auto", "mtpdecode compiled random head auto"),
 )
 """The contenders of the small table, where they were measured."""
 
@@ -104,20 +105,29 @@ def acceptance(result: dict[str, Any]) -> str:
     return f"{title}, {tokens} new tokens, {result['dtype']}:\n\n" + table(header, lines)
 
 
-def section() -> str:
-    decode, accepted = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("decode", "acceptance"))
-    return (
-        "SmolLM2-135M-Instruct with the head that ships here; brackets hold quartiles. "
-        "The scripts and every single measurement are in [benchmarks](benchmarks/README.md).\n\n"
-        + wall_clock(decode)
-        + acceptance(accepted)
-    )
+def in_short(decode: dict[str, Any]) -> str:
+    """The first table alone: single prompts in bfloat16."""
+    return "".join(contenders(cell) for cell in decode["cells"] if is_single(cell) and cell["dtype"] == "bfloat16")
+
+
+ELSEWHERE = (
+    "float32, batches, sampled text and long prompts, the cells that we lose among them: [what was measured](docs/measured.md). "
+    "The scripts and every single measurement: [benchmarks](benchmarks/README.md)."
+)
+MADE_BY = (
+    "`python -m benchmarks.report` writes this page from `benchmarks/results`. How it is measured: "
+    "[benchmarks](../benchmarks/README.md). What was expected of each change, and what came: [notes](../benchmarks/NOTES.md)."
+)
 
 
 def main() -> None:
+    decode, accepted = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("decode", "acceptance"))
+    what = "SmolLM2-135M-Instruct with the head that ships here; brackets hold quartiles."
+    section = f"{what} {ELSEWHERE}\n\n" + in_short(decode) + acceptance(accepted)
     page = README.read_text()
-    README.write_text(page.split(BEGIN)[0] + BEGIN + section() + END + page.split(END)[1])
-    print(section())
+    README.write_text(page.split(BEGIN)[0] + BEGIN + section + END + page.split(END)[1])
+    PAGE.write_text(f"# What was measured\n\n{what} {MADE_BY}\n\n" + wall_clock(decode) + acceptance(accepted))
+    print(section)
 
 
 if __name__ == "__main__":
