@@ -295,20 +295,19 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
     # ── the recurrence ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def hooks(self) -> list[Any]:
-        """Listen to the mixer's projections; -> handles, to be removed behind the forward pass.
-
-        Inside the prompt there is nothing to hear: every row will keep the whole window, and little of it is held in memory.
-        """
-        if self._mixer is None or self._is_inside:
+        """Listen to the mixer's projections; -> handles, to be removed behind the forward pass."""
+        if self._mixer is None:
             return []
         modules = dict(self._mixer.named_children())
         handles: list[Any] = [modules[ear.name].register_forward_hook(ear.hear) for ear in self._ears]
         return handles + ([self._limits.lifted()] if self._limits else [])
 
     def _hear(self, name: str, given: Tensor, output: Tensor) -> Tensor | None:
+        """Inside the prompt nothing is recorded: every row will keep the whole window, and little of it is held in memory."""
         limits, prompt = self._limits, self._prompt
         limited = None if limits is None or prompt is None else limits.applied(output, prompt.to(output.device))
-        self._recorded[name], self._input = output if limited is None else limited, given
+        if not self._is_inside:
+            self._recorded[name], self._input = output if limited is None else limited, given
         return limited
 
     def _kept(self, counts: Tensor, state: Tensor, end: Tensor) -> Tensor:

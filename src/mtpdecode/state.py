@@ -134,8 +134,8 @@ class DecodeState(NamedTuple):
 
     def appended(self, verdict: Verdict, fresh: Fresh, done: Tensor) -> DecodeState:
         """The state after a round; S leaves room for the whole verdict, so nothing is checked."""
-        text = self.text.with_draft(verdict.tokens)
-        return DecodeState(text._replace(lengths=text.lengths + verdict.counts), fresh, done)
+        tokens, lengths, starts = self.text.with_draft(verdict.tokens)
+        return DecodeState(Text(tokens, lengths + verdict.counts, starts), fresh, done)  # torch 2.11 loses `_replace`
 
 
 class Prompt(NamedTuple):

@@ -69,7 +69,12 @@ def test_long_texts_do_not_drift(decoder, model):
 def test_whole_pieces_of_a_prompt_are_not_held_in_memory(decoder, monkeypatch):
     """What projections put out is recorded where rows may keep less than the window: in the last piece, and in rounds."""
     heard, hear, text = set(), RecurrentLayer._hear, tiny.prompts(1, lengths=(64,))
-    monkeypatch.setattr(RecurrentLayer, "_hear", lambda self, *args: heard.add(args[-1].shape[1]) or hear(self, *args))
+
+    def watched(layer, *args):
+        hear(layer, *args)
+        heard.update(output.shape[1] for output in layer._recorded.values())
+
+    monkeypatch.setattr(RecurrentLayer, "_hear", watched)
     found = decoder.generate(tiny.one(text[0]), max_new_tokens=8, do_sample=False, prefill_chunk_size=25)
     assert heard == {13, 4}, "pieces of 25, 25 and 13 tokens, and windows of 4"
     assert found[0, 64:].tolist() == tiny.alone(decoder.target, text[0], max_new_tokens=8)
