@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GenerationMixin,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
@@ -26,9 +27,11 @@ from transformers import (
 
 from mtpdecode import MTPDecoder, MTPHead
 from mtpdecode.families import FAMILIES
-from mtpdecode.target import decoder_of, final_norm_of
+from mtpdecode.target import cache_keyword, decoder_of, final_norm_of
 
 PAD, BOS, EOS, VOCAB, SIZE, WINDOW = 0, 1, 2, 48, 32, 8
+CACHE = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
+"""What this transformers calls a cache."""
 
 DENSE = {
     "hidden_size": SIZE,

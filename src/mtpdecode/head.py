@@ -20,7 +20,17 @@ from .layers import MASKS
 from .recurrent import kind_of
 from .spec import MTPSpec
 from .state import Window
-from .target import decoder_of, embedding_norm_of, example_norm_of, final_norm_of, lm_head_of, mixer_of, rotary_of, text_config
+from .target import (
+    cache_keyword,
+    decoder_of,
+    embedding_norm_of,
+    example_norm_of,
+    final_norm_of,
+    lm_head_of,
+    mixer_of,
+    rotary_of,
+    text_config,
+)
 
 TYPE_NAMES = {"deepseek_sparse_attention": "indexed_attention"}
 """What transformers 5.17 calls layers that rows of the table name as later versions do."""
@@ -54,6 +64,7 @@ class MTPLayer(nn.Module):
         else:
             self.proj = nn.Linear(2 * size, size, bias=has_bias)
         self.block = _new_block(target, spec, config, index)
+        self._cache_keyword = cache_keyword(self.block.forward)
         self.places = Places([self.block])
         types = getattr(config, "layer_types", None) or [""]
         self._layer_type = types[index] if spec.depth_types else types[0]
@@ -84,7 +95,7 @@ class MTPLayer(nn.Module):
             self._apart(x),
             attention_mask=self._mask(window),
             position_ids=window.positions,
-            past_key_values=window.cache,
+            **{self._cache_keyword: window.cache},
             use_cache=True,
             position_embeddings=self._rotated(x, window, shared.rotary),
         )

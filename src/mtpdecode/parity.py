@@ -8,7 +8,9 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+from .target import cache_keyword
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def _next_logits(target: PreTrainedModel, ids: Tensor) -> tuple[Tensor, float]:
     whole = target(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     if ids.shape[1] == 1:
         return whole, 0.0
-    cache = target(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    stepped = target(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1].float()
+    cache = {cache_keyword(target.forward): DynamicCache(config=target.config.get_text_config(decoder=True))}
+    target(ids[:, :-1], **cache, use_cache=True, logits_to_keep=1)
+    stepped = target(ids[:, -1:], **cache, use_cache=True).logits[0, -1].float()
     return whole, float((whole - stepped).abs().max())

@@ -13,7 +13,7 @@ Adding a kind. A mixer that nobody has shown to be exact is refused by name. To 
               mixer's own forward runs once for every number of tokens that some row kept: slower, and right for any recurrence
 
 and hold it to `tests/property/test_recurrent.py`, which takes both ways. A layer with convolutions alone (Inkling) has nothing to
-replay: its row is the name. The mixer is called as `forward(hidden_states, cache_params=...)`, with its state under number 0.
+replay: its row is the name. The mixer is called as `forward(hidden_states, cache)`, with its state under number 0.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
             setattr(twin, kind.limits, UNLIMITED)  # what it is handed is within the limits where it is to be
         twin._modules = {**mixer._modules, **stand_ins}
         states, index = self._states_before(rows), int(mixer.layer_idx)  # type: ignore[arg-type]
-        type(mixer).forward(twin, self._input[rows, :length], cache_params=Cache(layers=[states] * (index + 1)))
+        type(mixer).forward(twin, self._input[rows, :length], Cache(layers=[states] * (index + 1)))
         result = states.recurrent_states[0]
         assert result is not None
         return result

@@ -32,7 +32,7 @@ from .target import text_config
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 PER_TOKEN = ("input_ids", "inputs_embeds", "mm_token_type_ids", "per_layer_inputs")
 """Inputs with an entry (B, P, ...) for every token of the prompt."""
-PREPARED = (*INPUTS, "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+PREPARED = (*INPUTS, "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
 """What transformers hands to a custom_generate by itself."""
 
 NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -51,6 +51,7 @@ NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "pass proposer=NGramProposer() to MTPDecoder.from_model instead"),
     "use_mtp": ((None, False), "mtpdecode takes its place"),
     "assistant_early_exit": ((None,), "the model's own head drafts here"),
+    "cache": ((None,), "mtpdecode keeps its own caches; pass the whole text as input_ids"),
     "past_key_values": ((None,), "mtpdecode keeps its own caches; pass the whole text as input_ids"),
     "cache_implementation": ((None,), "mtpdecode keeps its own caches; pass cache=RaggedCache or CropCache to from_model"),
     "use_cache": ((None, True), "speculative decoding needs a cache"),
@@ -144,9 +145,9 @@ def check_prepared(config: GenerationConfig, own: GenerationConfig) -> None:
 
 def check_seam(model: PreTrainedModel, model_kwargs: Mapping[str, Any]) -> None:
     """Raise GenerationError for what a user passed to `model.generate(..., custom_generate=decoder)` and we would not look at."""
-    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
-    if cache is not None and int(cache.get_seq_length()):
-        check_options({"past_key_values": cache})
+    caches = {name: model_kwargs[name] for name in ("cache", "past_key_values") if model_kwargs.get(name) is not None}
+    check_options({name: cache for name, cache in caches.items() if int(cache.get_seq_length())})
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if positions is not None:
         positions = positions[0] if positions.dim() == 3 else positions  # the first are those of text
         seen = torch.ones_like(positions) if mask is None else mask.long()

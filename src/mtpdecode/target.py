@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .distances import Places
 from .errors import UnsupportedModelError
@@ -144,6 +145,16 @@ class Tap:
         self.heard = output if self.hidden == "post_norm" else args[0].flatten(2)  # streams one behind the other
 
 
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """The name under which a forward takes its cache: "cache" from transformers 5.24 on, "past_key_values" before.
+
+    Published code of the older time keeps that name. A forward that takes everything is handed the name of this transformers.
+    """
+    names = signature(forward).parameters
+    ours = next((name for name in ("cache", "past_key_values") if name in names), None)
+    return ours or cache_keyword(GenerationMixin.prepare_inputs_for_generation)
+
+
 class Ears:
     """All that follows what a target does in a window: the head's tap, the layers of the cache, what is told of distances.
 
@@ -153,6 +164,7 @@ class Ears:
 
     def __init__(self, model: PreTrainedModel, hidden: Hidden) -> None:
         self.tap, self.places = Tap(model, hidden), Places(decoder_of(model).layers)
+        self.cache_keyword = cache_keyword(model.forward)
         self.cache: Cache | None = None
 
     @contextmanager
@@ -190,7 +202,7 @@ def forward(
         **(extra or {}),
         attention_mask=window.mask,
         position_ids=window.positions if window.axes is None else window.axes,
-        past_key_values=window.cache,
+        **{ears.cache_keyword: window.cache},
         use_cache=True,
         logits_to_keep=kept,  # as places: for a mere number Gemma 4 drops the other hidden states too
     ).logits

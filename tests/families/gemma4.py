@@ -236,7 +236,7 @@ class Twin:
         """What the target makes of all but the last token: keys by layer type (H, n, Dh), its last hidden state (D,)."""
         held, kept = DynamicCache(), []
         hook = self.model.get_decoder().norm.register_forward_hook(lambda _, inputs, output: kept.append(output))
-        self.model(torch.tensor([text[:-1]]), past_key_values=held, use_cache=True, **prompt)
+        self.model(torch.tensor([text[:-1]]), **{tiny.CACHE: held}, use_cache=True, **prompt)
         hook.remove()
         keys = {kind: (held.layers[i].keys[0], held.layers[i].values[0]) for kind, i in self.producers.items()}
         return keys, kept[0][0, -1]

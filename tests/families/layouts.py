@@ -10,6 +10,8 @@ import torch
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from tests import tiny
+
 DEEPSEEK_NAMES = {"norm_embed": "enorm", "norm_hidden": "hnorm", "proj": "eh_proj", "norm_out": "shared_head.norm"}
 QWEN_NAMES = {"norm_embed": "pre_fc_norm_embedding", "norm_hidden": "pre_fc_norm_hidden", "proj": "fc", "norm_out": "norm"}
 MTP_MODEL_NAMES = {"norm_embed": "enorm", "norm_hidden": "hnorm", "proj": "eh_proj", "norm_out": "post_norm"}
@@ -155,7 +157,7 @@ class Twin:
         by_type = "layer_type" in signature(mtp.rotary_emb.forward).parameters
         angles = mtp.rotary_emb(embeds, positions, types[index]) if by_type else mtp.rotary_emb(embeds, positions)
         masks = mtp.create_masks_for_mtp_layer(index, embeds, cache, positions)
-        return mtp.layers[index](embeds, hidden, angles, position_ids=positions, past_key_values=cache, **masks)
+        return mtp.layers[index](embeds, hidden, angles, position_ids=positions, **{tiny.CACHE: cache}, **masks)
 
     @torch.no_grad()
     def drafts(self, text, num_steps):

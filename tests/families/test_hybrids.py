@@ -60,7 +60,7 @@ def test_long_texts_do_not_drift(decoder, model):
     for row, (text, new) in enumerate(zip(texts, expected, strict=True)):
         states = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(tiny.one((text + new)[:-1]), past_key_values=states)
+            model(tiny.one((text + new)[:-1]), **{tiny.CACHE: states})
         for ours, theirs in zip(decoder.cache.window(1).cache.layers[:2], states.layers[:2], strict=True):
             error = float((ours.recurrent_states[0][row] - theirs.recurrent_states[0][0]).abs().max())
             assert error < 1e-4, f"row {row}: off by {error:.1e} after {len(new)} tokens"

@@ -3,11 +3,12 @@
 import copy
 import json
 from functools import cache, partial
+from inspect import signature
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Indexer
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLIndexer
 
@@ -100,10 +101,13 @@ def all_visible(forward, self, hidden_states, q_resid, position_embeddings, atte
     return forward(self, hidden_states, q_resid, position_embeddings, torch.ones_like(attention_mask), *args, **kwargs)
 
 
-def all_past(forward, self, hidden_states, position_embeddings, past_key_values, position_ids):
+def all_past(forward, self, *args, **kwargs):
     """The same for blocks, which are told from the future by positions: every slot is taken for a past one."""
-    late = torch.full_like(position_ids, past_key_values.get_seq_length(self.layer_idx) - 1)
-    return forward(self, hidden_states, position_embeddings, past_key_values, late)
+    given = signature(forward).bind(self, *args, **kwargs)
+    cache = next(value for value in given.arguments.values() if isinstance(value, Cache))
+    late = torch.full_like(given.arguments["position_ids"], cache.get_seq_length(self.layer_idx) - 1)
+    given.arguments["position_ids"] = late
+    return forward(*given.args, **given.kwargs)
 
 
 def first_row_only(self, idx_k):

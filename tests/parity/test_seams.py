@@ -203,14 +203,14 @@ def test_another_model_is_refused_at_the_seam():
         other.generate(tiny.one([5, 6]), max_new_tokens=4, custom_generate=decoder)
 
 
-@pytest.mark.parametrize("option", ["past_key_values", "position_ids"])
+@pytest.mark.parametrize("option", [tiny.CACHE, "position_ids"])
 def test_what_the_bare_seam_would_ignore_is_refused(option):
     """transformers hands these to a custom_generate even when nobody asked; ours differ from what a user passed."""
     decoder = tiny.decoder("llama")
     ids = torch.tensor([[5, 6, 7, 8]])
     cache = DynamicCache()
-    decoder.target(ids[:, :3], past_key_values=cache)
-    passed = {"past_key_values": cache, "position_ids": torch.tensor([[3, 4, 5, 6]])}[option]
+    decoder.target(ids[:, :3], **{tiny.CACHE: cache})
+    passed = {tiny.CACHE: cache, "position_ids": torch.tensor([[3, 4, 5, 6]])}[option]
     with pytest.raises(GenerationError, match=option):
         decoder.target.generate(ids, max_new_tokens=4, custom_generate=decoder, **{option: passed})
 

@@ -11,6 +11,7 @@ from mtpdecode.cache import CacheLayout
 from mtpdecode.layers import layer_windows
 from mtpdecode.state import Window
 from mtpdecode.target import forward
+from tests import tiny
 from tests.tiny import VOCAB, build, build_head, padded, prompts, row_of
 
 SETTINGS = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -34,7 +35,7 @@ def keys_and_values(cache, row, length):
 def fresh(model, tokens):
     """Keys and values of a text that was read at once, by transformers alone."""
     cache = DynamicCache()
-    model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+    model(torch.tensor([tokens]), **{tiny.CACHE: cache}, use_cache=True)
     return keys_and_values(cache, 0, len(tokens))
 
 

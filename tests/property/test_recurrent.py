@@ -17,6 +17,7 @@ from mtpdecode.cache import CacheLayout
 from mtpdecode.layers import layer_plans, layer_windows
 from mtpdecode.recurrent import LayerPlan, RecurrentLayer
 from mtpdecode.target import decoder_of, forward
+from tests import tiny
 from tests.families.zoo import bailing_hybrid, glm5_next, nemotron_h, qwen3_5, qwen3_5_moe, qwen3_next, qwen4_exp
 from tests.tiny import VOCAB
 
@@ -59,7 +60,7 @@ def manager_of(model, num_rows=3):
 def states_alone(model, tokens):
     """[(...)] the states of every recurrent layer behind a text that transformers read at once."""
     states = DynamicCache(config=model.config.get_text_config(decoder=True))
-    model(tokens[None], past_key_values=states, use_cache=True)
+    model(tokens[None], **{tiny.CACHE: states}, use_cache=True)
     return [
         (f"layer {number}, {what} state {index}", state[0])
         for number, layer in enumerate(states.layers)

@@ -305,6 +305,7 @@ ASKED = {
     "prompt_lookup_num_tokens": 3,
     "use_mtp": True,
     "assistant_early_exit": 1,
+    "cache": object(),
     "past_key_values": object(),
     "cache_implementation": "static",
     "use_cache": False,
