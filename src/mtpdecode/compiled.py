@@ -141,7 +141,7 @@ _KINDS: WeakKeyDictionary[nn.Module, dict[Any, _Kind]] = WeakKeyDictionary()
 def _sizes(roles: Roles, hooks: str) -> tuple[object, ...]:
     """What changes between rounds of a call that have one K, besides numbers in tensors. Empty: nobody knows."""
     is_ours = type(roles.proposer).__module__.startswith(f"{__package__}.") and roles.rule in ACCEPTANCE.values()
-    if not is_ours or hooks != NO_HOOKS or not roles.sampler.is_prefix_free:
+    if not is_ours or hooks != NO_HOOKS or roles.sampler.asks_row_by_row:
         return ()
     caches = [cache for cache in roles.caches if type(cache) is RaggedCache]
     return tuple(cache.sizes for cache in caches) if len(caches) == len(roles.caches) else ()

@@ -418,7 +418,7 @@ class MTPDecoder:
 
     def _roles(self, request: Request, options: Options) -> Roles:
         """Everything that lives as long as one call."""
-        sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding)
+        sampler = Sampler(request.processors, bool(request.config.do_sample), request.padding, request.prompt.lengths.device)
         layout = self._layout(prompt_lengths=request.prompt.lengths.clone())  # a tensor of its own, for compiled rounds
         caches = [self._cache_for(0, request, layout, text_config(self.target).num_hidden_layers)]
         deepest = max(options.schedule.choices)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +56,16 @@ class Sampler:
     processors   as `model.generate` prepares them, the user's own included
     padding      per row, how many pad tokens its prompt has in the batch
     do_sample    False: the law is one-hot on the largest score
+    device       where logits will lie
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor], do_sample: bool, padding: Sequence[int]) -> None:
+    def __init__(
+        self,
+        processors: Sequence[LogitsProcessor],
+        do_sample: bool,
+        padding: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
         for processor in processors:
             if isinstance(processor, REFUSED):
                 raise GenerationError(
@@ -64,13 +73,13 @@ class Sampler:
                     "processed exactly. Leave its option out, or call model.generate() without mtpdecode."
                 )
         self.do_sample = do_sample
-        self.is_prefix_free = all(type(processor) in PREFIX_FREE for processor in processors)
-        self._rows = [[_for_row(processor, row, pad) for row, pad in enumerate(padding)] for processor in processors]
+        self.asks_row_by_row = any(type(each) not in (*PREFIX_FREE, *TOGETHER) for each in processors)
+        self._steps = [_step(processor, padding, torch.device(device)) for processor in processors]
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the largest logit decides: no processors, no sampling."""
-        return not (self.do_sample or self._rows)
+        return not (self.do_sample or self._steps)
 
     def scores(self, logits: Tensor, text: Text) -> Tensor:
         """logits (B, T, V) -> processed scores (B, T, V) float32.
@@ -78,8 +87,8 @@ class Sampler:
         Position t of row b stands behind text.tokens[b, : text.lengths[b] + t].
         """
         scores = logits.to(torch.float32)
-        for rows in self._rows:
-            scores = _all_at_once(rows[0], scores, text) if type(rows[0]) in PREFIX_FREE else _one_by_one(rows, scores, text)
+        for step in self._steps:
+            scores = step(scores, text)
         return scores
 
     def law(self, scores: Tensor) -> Tensor:
@@ -101,6 +110,71 @@ def race(weights: Tensor, exponentials: Tensor) -> Tensor:
     The first of independent Poisson clocks to ring: no sum, no synchronisation.
     """
     return (weights / exponentials).argmax(-1)
+
+
+Step = Callable[[Tensor, Text], Tensor]
+"""scores (B, T, V) and the text before them -> scores (B, T, V)."""
+
+
+def _step(processor: LogitsProcessor, padding: Sequence[int], device: torch.device) -> Step:
+    if type(processor) in PREFIX_FREE:
+        return partial(_all_at_once, processor)
+    rows = [_for_row(processor, row, pad) for row, pad in enumerate(padding)]
+    together = TOGETHER.get(type(processor))
+    return together(rows, device) if together else partial(_one_by_one, rows)
+
+
+class _LeastLength:
+    """No end before a text has so many tokens: `MinLengthLogitsProcessor` and `MinNewTokensLengthLogitsProcessor`, rows together.
+
+    least  (B,) int64        ends  (n,) int64, any of which may lie outside of the vocabulary
+    """
+
+    def __init__(self, rows: Sequence[LogitsProcessor], device: torch.device) -> None:
+        least: list[Any] = list(rows)
+        self.least = torch.tensor([_least_length(row) for row in least], device=device)
+        self.ends = least[0].eos_token_id.to(device).reshape(-1, 1)
+
+    def __call__(self, scores: Tensor, text: Text) -> Tensor:
+        num_tokens = (text.lengths - text.starts)[:, None] + torch.arange(scores.shape[1], device=scores.device)
+        is_end = (torch.arange(scores.shape[2], device=scores.device) == self.ends).any(0)
+        return scores.masked_fill((num_tokens < self.least[:, None])[..., None] & is_end, float("-inf"))
+
+
+def _least_length(processor: Any) -> int:
+    if isinstance(processor, hf.MinLengthLogitsProcessor):
+        return int(processor.min_length)
+    return int(processor.prompt_length_to_skip + processor.min_new_tokens)
+
+
+class _Repeated:
+    """`RepetitionPenaltyLogitsProcessor` (Keskar et al. 2019, section 4.1), rows together.
+
+    ignored  (B,) int64, how many tokens at the start of each row do not count
+    """
+
+    def __init__(self, rows: Sequence[LogitsProcessor], device: torch.device) -> None:
+        penalties: list[Any] = list(rows)
+        self.penalty: float = penalties[0].penalty
+        self.ignored = torch.tensor([max(row.prompt_ignore_length or 0, 0) for row in penalties], device=device)
+
+    def __call__(self, scores: Tensor, text: Text) -> Tensor:
+        num_tokens, size = scores.shape[1:]
+        slots = torch.arange(text.tokens.shape[1], device=scores.device)
+        ends = text.lengths[:, None] + torch.arange(num_tokens, device=scores.device)
+        is_before = (slots >= (text.starts + self.ignored)[:, None, None]) & (slots < ends[..., None])  # (B, T, S)
+        ids = torch.where(is_before, text.tokens.clamp(max=size)[:, None], size)  # what is no token of the vocabulary is number V
+        seen = torch.zeros(*scores.shape[:2], size + 1, dtype=torch.bool, device=scores.device).scatter_(2, ids, True)[..., :size]
+        return torch.where(seen, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
+
+
+TOGETHER: dict[type, Callable[[Sequence[LogitsProcessor], torch.device], Step]] = {
+    hf.MinLengthLogitsProcessor: _LeastLength,
+    hf.MinNewTokensLengthLogitsProcessor: _LeastLength,
+    hf.RepetitionPenaltyLogitsProcessor: _Repeated,
+}
+"""Processors that look at the text, written anew for ragged rows: one step for all rows and positions, and nothing waits for the
+host. All others are asked row by row."""
 
 
 def _for_row(processor: LogitsProcessor, row: int, pad: int) -> LogitsProcessor:

@@ -73,6 +73,17 @@ def test_sampled_text_is_that_of_plain_rounds(options):
     assert num_graphs() == 1
 
 
+def test_a_penalty_for_repetition_is_part_of_the_graph(checked):
+    """Chat models come with one; rows of all lengths, however long they grow."""
+    rows, decoder = tiny.prompts(), compiled("llama", num_speculative_tokens=2)
+    options = {"do_sample": False, "repetition_penalty": 1.3, "min_new_tokens": 8}
+    for length in (12, LONG, 30):
+        sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=length, **options)
+        tiny.assert_rows(sequences, 9, [tiny.plain("llama", row, max_new_tokens=length, **options) for row in rows], "compiled")
+        assert num_graphs() == 1
+    assert checked, "and it runs at once"
+
+
 def test_auto_changes_k_between_graphs():
     rows = tiny.prompts()
     decoder = compiled("llama", num_speculative_tokens="auto")

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
+from transformers.generation import logits_process as hf
 
 from mtpdecode import MTPProposer
+from mtpdecode.sampling import TOGETHER, Sampler
+from mtpdecode.state import Text
 from tests import tiny
 
 LENGTH = 20
@@ -44,6 +47,41 @@ def test_every_processor_is_exact_for_every_row(options, num_layers):
 def _of_row(options, row):
     """min_length, said for the padded batch, means so many tokens fewer for a row that is shorter."""
     return options | ({"min_length": options["min_length"] - (9 - len(row))} if "min_length" in options else {})
+
+
+ENDS = torch.tensor([4, -1, 90])  # ids that are none are passed over
+
+TOGETHER_CASES = [
+    hf.RepetitionPenaltyLogitsProcessor(1.7),
+    hf.RepetitionPenaltyLogitsProcessor(0.6, prompt_ignore_length=6),
+    hf.MinLengthLogitsProcessor(11, ENDS),
+    hf.MinNewTokensLengthLogitsProcessor(9, 3, ENDS),
+]
+
+
+@pytest.mark.parametrize("processor", TOGETHER_CASES, ids=lambda each: type(each).__name__)
+def test_rows_together_are_rows_one_by_one(processor, monkeypatch):
+    """Ragged rows, one that begins late, and tokens past the end: bit by bit what the slow way makes of them."""
+    chance = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 20, (3, 20), generator=chance)
+    text, logits = Text(tokens, torch.tensor([9, 5, 12]), torch.tensor([0, 0, 9])), torch.randn(3, 4, 20, generator=chance)
+    together = Sampler([processor], False, [0, 4, 0])
+    monkeypatch.setattr("mtpdecode.sampling.TOGETHER", {})
+    alone = Sampler([processor], False, [0, 4, 0])
+    assert (together.asks_row_by_row, alone.asks_row_by_row) == (False, True)
+    assert torch.equal(together.scores(logits, text), alone.scores(logits, text))
+    assert not torch.equal(alone.scores(logits, text), logits), "a test of nothing"
+
+
+def test_ids_that_logits_do_not_know_are_passed_over():
+    """Embeddings may have more rows than the output layer."""
+    sampler, logits = Sampler([hf.RepetitionPenaltyLogitsProcessor(1.7)], False, [0]), torch.randn(1, 1, 20)
+    known, unknown = (Text(torch.tensor([row]), torch.tensor([3]), torch.tensor([0])) for row in ([3, 3, 5], [3, 20, 5]))
+    assert torch.equal(sampler.scores(logits, known), sampler.scores(logits, unknown))
+
+
+def test_every_case_of_rows_together_is_tested():
+    assert {type(each) for each in TOGETHER_CASES} == set(TOGETHER)
 
 
 def test_a_watermark_is_written_at_every_place():

@@ -113,6 +113,12 @@ def test_deep_heads_look_up_and_restricted_vocabularies_do_not_wait():
     check(MTPDecoder.from_model(target, head=tiny.head("llama"), acceptance=SyntheticAcceptance([0.5])), do_sample=False)
 
 
+def test_processors_that_look_at_the_text_do_not_wait():
+    options = {"repetition_penalty": 1.3, "min_new_tokens": 3, "min_length": 12}
+    check(tiny.decoder("llama", 3), do_sample=False, **options)
+    check(tiny.decoder("llama", 3), do_sample=True, top_k=9, **options)
+
+
 # ── the watch itself ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
