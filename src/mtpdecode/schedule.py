@@ -142,12 +142,15 @@ class Outlook(NamedTuple):
 class ExpectedSpeedup(DraftSchedule):
     """Measures, and drafts as many tokens as promise most tokens a second; none where that is plain decoding.
 
-        tokens of K   E(K) = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K        a_k: how often token k is kept once those before it are
+        tokens of K   E(K) = 1 + p (a_1 + a_1 a_2 + ... + a_1 ... a_K)    a_k: how often token k is kept once those before it are
         seconds of K  C(K), the median of the last rounds with as many rows and about as long texts
         chosen        the K with the largest E(K) / C(K)
 
-    (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) It changes K for a gain of `margin` at least,
-    and tries plain decoding and neighbours of the best K while what that costs, all told, is below `budget` of the time.
+    (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) A batch goes on until its slowest row ends,
+    so that row's pace p counts: what it has kept, over what the rates of all rows promised it; 1 for a single row.
+
+    It changes K for a gain of `margin` at least, and tries plain decoding and neighbours of the best K while what that costs, all
+    told, is below `budget` of the time.
 
     Costs are noisy, and a slow second must not make drafts seem free: a longer K is taken to cost no less than a shorter one, and
     drafts must promise `caution` more than plain decoding.
@@ -179,17 +182,21 @@ class ExpectedSpeedup(DraftSchedule):
         self._costs: dict[Place, dict[int, deque[float]]] = defaultdict(dict)
         self._tokens: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=64))
         self._place, self._current = Place(1, 0), start
+        self._paces: dict[int, float] = {}
+        self._race = _Race(1, 1.0)
         self._seconds, self._spent, self._learning, self._age = 0.0, 0.0, 0.0, dict.fromkeys(self.choices, 0)
 
     def begin(self, num_rows: int, num_tokens: int) -> None:
         self._place = _place(num_rows, num_tokens)
+        self._race = _Race(num_rows, self._paces.get(num_rows, 1.0))
 
     def observe(self, seen: Seen) -> None:
         rows = [(count, cut) for count, cut in zip(seen.counts, seen.cut, strict=True) if count]
         if not rows:
             return
-        for count, cut in rows:
-            self._learn(seen.num_drafted, count, cut)
+        if seen.num_drafted and len(seen.counts) > 1:
+            self._paces[len(seen.counts)] = self._race.pace(seen, sum(self._chances()[1 : seen.num_drafted + 1]))
+        self._learn(seen.num_drafted, rows)
         appended = sum(count for count, _ in rows) / len(rows)
         self.time(seen.num_drafted, len(seen.counts), seen.num_tokens, seen.seconds)
         self._place = _place(len(seen.counts), seen.num_tokens)
@@ -220,10 +227,10 @@ class ExpectedSpeedup(DraftSchedule):
 
     def outlook(self, place: Place | None = None) -> list[Outlook]:
         """What each K promises at a place: with as many rows, and about as long texts. None: where the last round was."""
-        found, chances = [], list(accumulate(map(self._rate, range(1, self.choices[-1] + 1)), mul, initial=1.0))
-        known = self._known(place)
+        found, chances, known = [], self._chances(), self._known(place)
+        pace = self._paces.get((place or self._place).num_rows, 1.0)
         for k in self.choices:
-            tokens, counts = sum(chances[: k + 1]), self._tokens[k]
+            tokens, counts = 1 + pace * sum(chances[1 : k + 1]), self._tokens[k]
             measured = sum(counts) / len(counts) if counts else float("nan"), known.get(k, float("nan"))
             found.append(Outlook(k, tokens, _cost(k, known), *measured, len(self._measured(k, place))))
         return found
@@ -243,12 +250,17 @@ class ExpectedSpeedup(DraftSchedule):
         ]
         return "\n".join([head, *lines])
 
-    def _learn(self, num_drafted: int, count: int, cut: bool) -> None:
-        """A row kept count - 1 draft tokens and, unless its text was cut, refused the next."""
-        last = count - 1 if cut else count
-        for position in range(min(num_drafted, last)):
-            self._tried[position] = self._tried[position] * self.forgetting + 1
-            self._kept[position] = self._kept[position] * self.forgetting + (position < count - 1)
+    def _learn(self, num_drafted: int, rows: Sequence[tuple[int, bool]]) -> None:
+        """(count, cut): a row kept count - 1 draft tokens and, unless its text was cut, refused the next."""
+        for position in range(num_drafted):
+            tries = [position < count - 1 for count, cut in rows if position < count - cut]
+            if tries:
+                self._tried[position] = self._tried[position] * self.forgetting + len(tries)
+                self._kept[position] = self._kept[position] * self.forgetting + sum(tries)
+
+    def _chances(self) -> list[float]:
+        """1, a_1, a_1 a_2, ..."""
+        return list(accumulate(map(self._rate, range(1, self.choices[-1] + 1)), mul, initial=1.0))
 
     def _rate(self, k: int) -> float:
         """a_k: of a position that was hardly tried, about what the one before it has."""
@@ -277,6 +289,29 @@ class ExpectedSpeedup(DraftSchedule):
         tried = max(near, key=lambda k: self._age[k])
         loss = max(outlook[tried].seconds - outlook[tried].tokens / here.rate, 0.0) + (0.0 if self._current else self._learning)
         return tried if self._spent + loss <= self.budget * self._seconds else self._current
+
+
+class _Race:
+    """The rows of a call, and how many draft tokens each has kept beside how many were promised.
+
+    pace  to begin with; it weighs as much as `WEIGHT` promised tokens
+    """
+
+    WEIGHT = 32.0
+
+    def __init__(self, num_rows: int, pace: float) -> None:
+        self._kept, self._promised = [pace * self.WEIGHT] * num_rows, [self.WEIGHT] * num_rows
+
+    def pace(self, seen: Seen, promised: float) -> float:
+        """kept / promised of the row that lags most, of those that go on; of all, where none does.
+
+        promised  draft tokens that a row was expected to keep in the round that was seen
+        """
+        going_on = [row for row, (count, cut) in enumerate(zip(seen.counts, seen.cut, strict=True)) if count and not cut]
+        for row in going_on:
+            self._kept[row] += seen.counts[row] - 1
+            self._promised[row] += promised
+        return min(self._kept[row] / self._promised[row] for row in going_on or range(len(seen.counts)))
 
 
 def _cost(k: int, known: dict[int, float]) -> float:

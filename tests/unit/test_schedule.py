@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics, MTPDecoder
+from mtpdecode import DraftSchedule, FixedLength, GenerationError, Metrics, MTPDecoder, MTPProposer
 from mtpdecode.schedule import ExpectedSpeedup, Place, Seen, Trial, schedule_for
 from tests import tiny
 
@@ -41,6 +41,48 @@ def test_a_users_schedule_gives_the_same_text(name, num_layers):
     sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=LENGTH, do_sample=False)
     tiny.assert_rows(sequences, 9, expected, f"{name}, K = 1, 3, 0, 2, ...")
     assert decoder.metrics.drafted[:8] == [1, 3, 0, 2, 1, 3, 0, 2]
+
+
+class Remembering(MTPProposer):
+    """Writes down what was drafted behind which text."""
+
+    def begin(self, call, cache):
+        super().begin(call, cache)
+        self.drafts = self.head.drafts
+
+    def propose(self, state, num_speculative_tokens, noise):
+        draft = super().propose(state, num_speculative_tokens, noise)
+        for row, (tokens, is_done) in enumerate(zip(draft.tokens.tolist(), state.done.tolist(), strict=True)):
+            if not is_done:
+                self.drafts.setdefault(tuple(state.text.prefix(row)[0].tolist()), []).append(tokens)
+        return draft
+
+
+class Wandering(DraftSchedule):
+    """Longer and shorter, with plain rounds between some."""
+
+    choices = (0, 1, 2, 3, 5)
+
+    def next_length(self, metrics):
+        return (5, 1, 1, 3, 0, 2, 5, 0, 0, 1, 2, 1, 5, 5, 3)[metrics.num_rounds % 15]
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "sliding", "deepseek_v3"])
+def test_drafts_hang_on_the_text_and_not_on_the_k_before(name, num_layers):
+    """Whatever was drafted before, behind the same text stands the same draft: no row of the head's is missing, or wrong."""
+    found = []
+    for schedule in (5, Wandering()):
+        head = tiny.build_head(tiny.target(name), tiny.row_of(name), num_layers)
+        head.drafts = {}
+        decoder = MTPDecoder.from_model(tiny.target(name), proposer=Remembering(head), num_speculative_tokens=schedule)
+        decoder.generate(**tiny.padded(tiny.prompts()), max_new_tokens=LENGTH, do_sample=False)
+        found.append(head.drafts)
+    common = found[0].keys() & found[1].keys()
+    assert len(common) > 20
+    for text in common:
+        wanted = found[0][text][0]
+        assert all(tokens == wanted[: len(tokens)] for tokens in found[1][text]), f"behind {text}: {found[1][text]}, not {wanted}"
 
 
 def test_a_schedule_sees_the_metrics_of_its_call():
@@ -121,6 +163,32 @@ def test_the_length_that_pays_most_is_found(rates, costs, seed):
     assert found > 0.95 * best, f"{found:.3f} tokens a second where {best:.3f} could be had; it drafted {Counter(used)}"
 
 
+def batches(schedule, mean, costs, seed, num_batches=12, num_rows=8, length=64):
+    """Batches whose rows differ in how often a draft is kept, and go on until the slowest has ended -> time of all rounds."""
+    chance, seconds = Random(seed), 0.0
+    for _ in range(num_batches):
+        schedule.begin(num_rows, 40)
+        rates, left = [min(max(chance.gauss(mean, 0.1), 0.0), 0.95) for _ in range(num_rows)], [length] * num_rows
+        while any(left):
+            k, counts = schedule.next_length(Metrics(num_rows)), []
+            for row, rate in enumerate(rates):
+                kept = next((position for position in range(k) if chance.random() >= rate), k)
+                counts.append(min(kept + 1, left[row]))
+                left[row] -= counts[-1]
+            took = costs[k] * chance.gauss(1, 0.04)
+            schedule.observe(Seen(k, counts, [not each for each in left], took, 40 + length - min(left)))
+            seconds += took
+    return seconds / (num_batches * length * costs[0])
+
+
+@pytest.mark.parametrize(("mean", "cost", "most"), [(0.4, 1.3, 1.03), (0.4, 1.2, 1.02), (0.52, 1.3, 1.02), (0.6, 1.1, 0.85)])
+def test_a_batch_goes_by_its_slowest_row(mean, cost, most):
+    """What all rows keep on average promises more than comes: the batch ends when the last of them does."""
+    costs = {0: 1.0, 1: cost, 3: 1 + 3 * (cost - 1)}
+    took = sum(batches(ExpectedSpeedup({0, 1, 3}), mean, costs, seed) for seed in range(6)) / 6
+    assert took < most, f"{took:.3f} of the time of plain decoding"
+
+
 def test_a_head_that_is_never_right_is_left_alone():
     used = simulated((0,) * 4, CHEAP)
     assert Counter(used[-200:])[0] >= 180, f"{Counter(used[-200:])}"
@@ -136,6 +204,7 @@ def test_a_change_of_the_text_is_noticed():
 
 def test_rows_that_end_say_nothing_about_what_is_behind_their_end():
     schedule = ExpectedSpeedup(range(3))
+    schedule.begin(2, 10)
     for _ in range(100):
         schedule.observe(Seen(2, [1, 0], [True, True], 1.0, 10))
     assert schedule.outlook()[2].tokens == pytest.approx(1.75), "nothing was learnt: a_1 = a_2 = 1/2 as at first"
