@@ -29,8 +29,7 @@ NOBODY = NoDraft()
 class Roles(NamedTuple):
     """Who does what in a call. rule: None compares the draft with the target's own draws.
 
-    width  the widest window W: the largest K, and the pending token; a number of its own, so that no compiled round looks at the
-           schedule to find it, and the same graphs serve all schedules
+    width  the widest window W: the largest K, and the pending token
     late   how many rounds are begun before the host reads what an earlier one appended: 1 where a device works beside the host,
            so that neither waits for the other
     """
@@ -51,10 +50,10 @@ class Roles(NamedTuple):
         with self.verifier.listening(), self.proposer.listening():
             yield
 
-    def reserve(self, num_tokens: int) -> None:
-        """Slots for the next round of rows that hold at most num_tokens: the widest window, and what the head drafts past it."""
+    def reserve(self, num_tokens: int, width: int) -> None:
+        """Slots for a round of rows that hold at most num_tokens: a window of this width, and what the head drafts past it."""
         for cache in self.caches:
-            cache.reserve(num_tokens + 2 * self.width + self.proposer.lag)
+            cache.reserve(num_tokens + 2 * width + self.proposer.lag)
 
 
 class Round(NamedTuple):
@@ -83,7 +82,7 @@ def decode_round(
     fresh = Fresh(hidden, verdict.counts)
     if num_speculative_tokens:
         lag = roles.proposer.lag
-        fresh = state.fresh.last(lag).extended(hidden, verdict.counts, roles.width + lag)
+        fresh = state.fresh.last(lag).extended(hidden, verdict.counts, num_speculative_tokens + 1 + lag)
     clock.lap("accept")
     return state.appended(verdict, fresh, done), verdict.told(done)
 
@@ -95,7 +94,8 @@ class Rest:
     """What the target thought and the head has not learnt: the prompt, and rounds with K = 0.
 
     The head learns it when it is to draft, or when it has become much. So a plain round costs no more than plain decoding, a text
-    for which no draft is worth its time no more than a plain text, and no row of the head's is ever missing.
+    for which no draft is worth its time no more than a plain text, and no row of the head's is ever missing. Between rounds of
+    different K it learns what the next one, which may be shorter, would not take in.
 
     fresh  what the head was given last and wants to be handed in again
     """
@@ -103,7 +103,7 @@ class Rest:
     MOST = 1024
 
     def __init__(self, fresh: Fresh) -> None:
-        self._fresh: Fresh | None = fresh
+        self._fresh, self._last = fresh, 0
         self._prompt: list[Fresh] = []
         self._rounds: list[Fresh] = []
 
@@ -111,31 +111,42 @@ class Rest:
         """A piece of the prompt was read."""
         self._prompt.append(fresh)
 
+    def is_due(self, num_speculative_tokens: int) -> bool:
+        """Whether the head learns ahead of a round with this K."""
+        return num_speculative_tokens != self._last if num_speculative_tokens else len(self._rounds) > self.MOST
+
     def before(self, state: DecodeState, roles: Roles, num_speculative_tokens: int) -> DecodeState:
         """The state as a round with this K wants it."""
-        if self._fresh is None and not num_speculative_tokens:
+        if self._last and self._last != num_speculative_tokens:
             self._fresh = state.fresh
-        if self._fresh is not None and (num_speculative_tokens or len(self._rounds) > self.MOST):
-            fresh = self._caught_up(self._fresh, state.text, roles)
-            self._fresh = None if num_speculative_tokens else fresh
-            state = state._replace(fresh=fresh)
-        return state
+        if not self.is_due(num_speculative_tokens):
+            return state
+        width = num_speculative_tokens + 1 + roles.proposer.lag
+        self._fresh = self._caught_up(self._fresh, state.text, roles, width)
+        return state._replace(fresh=self._fresh)
 
     def after(self, state: DecodeState, num_speculative_tokens: int) -> None:
         """A round is over."""
+        self._last = num_speculative_tokens
         if not num_speculative_tokens:
             self._rounds.append(state.fresh)
 
-    def _caught_up(self, fresh: Fresh, text: Text, roles: Roles) -> Fresh:
-        """The head absorbs all of it but what it wants to be handed in again."""
-        keep, width = roles.proposer.lag + 1, roles.width + roles.proposer.lag
+    def _caught_up(self, fresh: Fresh, text: Text, roles: Roles, width: int) -> Fresh:
+        """The head absorbs all of it but what it wants to be handed in again. -> that, with room for `width`."""
+        keep = roles.proposer.lag + 1
         for piece in (*self._prompt, *_joined(self._rounds)):
-            fresh = fresh.extended(*piece, fresh.states.shape[1] + piece.states.shape[1])
-            roles.proposer.absorb(text, fresh)
-            fresh = fresh.last(keep)
+            fresh = _absorbed(fresh.extended(*piece, fresh.states.shape[1] + piece.states.shape[1]), text, roles, keep)
+        if fresh.states.shape[1] > width:
+            fresh = _absorbed(fresh, text, roles, keep)
         self._prompt, self._rounds = [], []
         nothing = Fresh(torch.zeros_like(fresh.states[:, :1]), torch.zeros_like(fresh.counts))  # all there is after one token
         return fresh.extended(*nothing, width)
+
+
+def _absorbed(fresh: Fresh, text: Text, roles: Roles, keep: int) -> Fresh:
+    """The head has read it; what it wants to see again."""
+    roles.proposer.absorb(text, fresh)
+    return fresh.last(keep)
 
 
 def _joined(rounds: Sequence[Fresh]) -> list[Fresh]:
@@ -191,7 +202,7 @@ def decode(
     step  what makes a round: `decode_round`, or the same compiled
     """
     clock, lengths = Clock(metrics.seconds), prompt.lengths.tolist()
-    roles.reserve(max(lengths))
+    roles.reserve(max(lengths), 1)
     text = text._replace(tokens=text.tokens.clone())  # of this call alone: rounds write into it
     (state, rest), done = prefill(prompt, text, roles, chunk_size, hidden_size), [False] * len(lengths)
     clock.lap("prefill")
@@ -200,7 +211,8 @@ def decode(
     read_at = time.perf_counter()
     while not all(done):
         asked, num_drafted = time.perf_counter(), _next_length(roles.schedule, metrics)
-        roles.reserve(max(lengths) + len(unread) * roles.width)
+        unknown = sum(report.num_drafted + 1 for report in unread)  # tokens that may have been appended since
+        roles.reserve(max(lengths) + unknown, roles.width if rest.is_due(num_drafted) else num_drafted + 1)
         state = rest.before(state, roles, num_drafted)
         clock.lap("propose")
         begun = time.perf_counter()

@@ -1,6 +1,6 @@
 """The tickets that pass between the roles: NamedTuples of tensors, and the randomness of one round.
 
-Letters in shapes, the same everywhere: B rows, T window tokens, K draft tokens, W the widest window (largest K, plus one),
+Letters in shapes, the same everywhere: B rows, T window tokens, K draft tokens, W the window of a round (its K, plus one),
 S text slots, V vocabulary, D hidden size.
 """
 
