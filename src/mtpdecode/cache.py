@@ -15,8 +15,14 @@ from .errors import CacheError
 from .recurrent import HookedLayer, LayerPlan, RecurrentLayer
 from .state import Window
 
-BUCKET = 64
-"""Slots are reserved, and looked at, in multiples of this."""
+BUCKET, LEAST_BUCKET = 64, 16
+"""Slots become visible in multiples of 64 for one row, of 16 for many: slots that are looked at in vain cost by the row, while a
+graph is found to hold for a new size once for all rows."""
+
+
+def bucket(num_rows: int) -> int:
+    """How many slots become visible at a time: 64, 32, 16, 16, ..."""
+    return max(BUCKET // num_rows // LEAST_BUCKET, 1) * LEAST_BUCKET
 
 
 class KVCacheManager(ABC):
@@ -168,8 +174,8 @@ class RaggedCache(KVCacheManager):
 
     def reserve(self, num_slots: int) -> None:
         if num_slots > self.num_slots:
-            first = self.num_slots
-            self._slots.numbers = torch.arange(-(-num_slots // BUCKET) * BUCKET, device=self.lengths.device)
+            first, size = self.num_slots, bucket(len(self.lengths))
+            self._slots.numbers = torch.arange(-(-num_slots // size) * size, device=self.lengths.device)
             for layer in self._cache.layers:
                 if isinstance(layer, _RaggedLayer) and layer.is_initialized:
                     layer.grow()

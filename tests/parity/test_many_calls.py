@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtpdecode import MTPDecoder, NGramProposer, RaggedCache
-from mtpdecode.cache import BUCKET, CacheLayout, _RaggedLayer
+from mtpdecode.cache import BUCKET, CacheLayout, _RaggedLayer, bucket
 from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import FAMILIES
 from mtpdecode.schedule import ExpectedSpeedup
@@ -109,7 +109,7 @@ def test_a_second_call_allocates_nothing():
     assert decoder.cache is cache
     assert len(made) == 2, "the target's and the head's"
     assert places(*made) == before
-    assert cache.num_slots == BUCKET, "a short text looks at few slots, however many there are"
+    assert cache.num_slots <= 20 + 9 + 8 + bucket(3), "a short text looks at few slots, however many there are"
 
 
 def test_a_cache_shows_its_call_until_the_next_begins():

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from mtpdecode import CacheError, CropCache, RaggedCache
-from mtpdecode.cache import BUCKET, CacheLayout
+from mtpdecode.cache import BUCKET, CacheLayout, bucket
 from tests import tiny
 
 FULL = CacheLayout({"full_attention": None}, "sdpa", torch.float32)
@@ -109,6 +109,11 @@ def test_slots_grow_and_keep_what_they_hold():
     assert cache.num_slots == 2 * BUCKET, "it never shrinks"
 
 
+def test_many_rows_look_at_fewer_slots_in_vain():
+    assert [bucket(num_rows) for num_rows in (1, 2, 3, 4, 64)] == [64, 32, 16, 16, 16]
+    assert [ragged(num_rows=num_rows, num_slots=33).num_slots for num_rows in (1, 2, 8)] == [64, 64, 48]
+
+
 def test_growth_is_amortised():
     """All growth together copies each slot about once, so a long text is not copied every bucket."""
     cache, places = ragged(num_slots=1), set()
@@ -140,7 +145,7 @@ def test_ragged_and_crop_agree_with_no_cache_at_all(name):
                 cache.reserve(len(text) + ids.shape[1])
                 window = cache.window(ids.shape[1])
                 found = model(
-                    ids, attention_mask=window.mask, position_ids=window.positions, past_key_values=window.cache, use_cache=True
+                    ids, attention_mask=window.mask, position_ids=window.positions, **{tiny.CACHE: window.cache}, use_cache=True
                 ).logits
                 error = float((found - expected).abs().max())
                 assert error < 1e-4, f"{name}, {type(cache).__name__}: behind {len(text)} tokens off by {error:.1e}"
