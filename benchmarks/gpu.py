@@ -34,6 +34,7 @@ from benchmarks import common, shapes
 from benchmarks.shapes import Built
 from benchmarks.waiting import WatchedStep
 from mtpdecode import MTPDecoder
+from mtpdecode.captured import RECORDS
 from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import DEEPSEEK_NAMES
 from mtpdecode.loading import save_head
@@ -80,6 +81,10 @@ def contenders(built: Built, args: argparse.Namespace, folder: Path) -> Iterator
         compiled = built.decoder()
         compiled.step = CompiledRound(args.backend)
         yield from (_ours("ours compiled", compiled, k, graphs=1) for k in reversed(DRAFTED))
+        if args.device.type in RECORDS:
+            apart = built.decoder()
+            apart.step = CompiledRound(args.backend, is_captured=False)
+            yield _ours("ours compiled, launched one by one", apart, DRAFTED[-1], graphs=1)
     yield _auto("ours auto", built)
     if not args.eager:
         static, on_gpu = partial(target.generate, cache_implementation="static"), args.device.type == "cuda"

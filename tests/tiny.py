@@ -25,7 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mtpdecode import MTPDecoder, MTPHead
+from mtpdecode import DraftSchedule, MTPDecoder, MTPHead
 from mtpdecode.families import FAMILIES
 from mtpdecode.target import cache_keyword, decoder_of, final_norm_of
 
@@ -334,3 +334,12 @@ def _write_shards(folder, tensors, num_shards):
         save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": {name: file for file, held in files.items() for name in held}}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+class Turns(DraftSchedule):
+    """Some rounds of each K, so that each is recorded, and taken up again behind another."""
+
+    choices = (0, 1, 3)
+
+    def next_length(self, metrics):
+        return (1, 3, 0, 3, 1, 0)[metrics.num_rounds // 5 % 6]

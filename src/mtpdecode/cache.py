@@ -20,9 +20,16 @@ BUCKET, LEAST_BUCKET = 64, 16
 graph is found to hold for a new size once for all rows."""
 
 
-def bucket(num_rows: int) -> int:
-    """How many slots become visible at a time: 64, 32, 16, 16, ..."""
-    return max(BUCKET // num_rows // LEAST_BUCKET, 1) * LEAST_BUCKET
+RECORDED = 4
+"""How many times larger the steps are on a GPU, where each size is recorded (`captured.py`), and looking at slots is cheap."""
+
+Cell = tuple[dict[Any, Any], Any]
+"""Where a tensor is held, and under which name."""
+
+
+def bucket(num_rows: int, device: str = "cpu") -> int:
+    """How many slots become visible at a time: 64, 32, 16, 16, ... by the number of rows; 256, 128, 64, 64, ... on a GPU."""
+    return max(BUCKET // num_rows // LEAST_BUCKET, 1) * LEAST_BUCKET * (RECORDED if device == "cuda" else 1)
 
 
 class KVCacheManager(ABC):
@@ -174,7 +181,7 @@ class RaggedCache(KVCacheManager):
 
     def reserve(self, num_slots: int) -> None:
         if num_slots > self.num_slots:
-            first, size = self.num_slots, bucket(len(self.lengths))
+            first, size = self.num_slots, bucket(len(self.lengths), self.lengths.device.type)
             self._slots.numbers = torch.arange(-(-num_slots // size) * size, device=self.lengths.device)
             for layer in self._cache.layers:
                 if isinstance(layer, _RaggedLayer) and layer.is_initialized:
@@ -197,6 +204,11 @@ class RaggedCache(KVCacheManager):
         held = [(tensor, 2) for layer in layers for tensor in layer.held()]
         tapes = [(tape, tape.dim() - 1) for layer in self._recurrent for tape in layer.tapes]
         return [(self._slots.numbers, 0), (self._slots.written, 1), *held, *tapes]
+
+    def moving(self) -> list[Cell]:
+        """Where every tensor is held that a round reads and exchanges for another one. Keys and values are written in place."""
+        cells: list[Cell] = [(vars(self), "lengths"), (vars(self._slots), "written")]
+        return cells + [cell for layer in self._recurrent for cell in layer.moving()]
 
 
 def _mode(device: torch.device) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .acceptance import ACCEPTANCE
 from .cache import RaggedCache
+from .captured import Recorder, Result
 from .loop import Clock, Roles, decode_round
 from .recurrent import RecurrentLayer
 from .state import DecodeState, Noise
@@ -27,12 +28,13 @@ class CompiledRound:
     asks the host in the midst of a round, a recurrence how many tokens were kept, or a model how often to loop, runs as without
     compilation, with a warning.
 
-    backend  of `torch.compile`
+    backend      of `torch.compile`
+    is_captured  on a GPU, record the kernels of a round and launch them together (`captured.py`)
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: str = "inductor", is_captured: bool = True) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-        self._backend = backend
+        self._backend, self._is_captured = backend, is_captured
         self._is_whole, self._has_warned = True, False
         self._verifier: Callable[[], Verifier | None] = lambda: None
         self._asking = self._untraceable = self._hooks = ""
@@ -59,14 +61,18 @@ class CompiledRound:
         clock.lap("round")
         return result
 
+    @property
+    def _ways(self) -> tuple[str, bool, bool]:
+        return self._backend, self._is_captured, self._is_whole
+
     def _kind(self, state: DecodeState, roles: Roles, num_speculative_tokens: int) -> _Kind:
         """All decoders of a model share their graphs."""
         num_rows, num_fresh = state.fresh.states.shape[:2]
         shape = num_rows, num_speculative_tokens, num_fresh if num_speculative_tokens else 0
-        key = shape, roles.sampler.do_sample, roles.sampler.is_plain, roles.rule, self._backend, self._is_whole, self._hooks
+        key = shape, roles.sampler.do_sample, roles.sampler.is_plain, roles.rule, *self._ways, self._hooks
         kinds = _KINDS.setdefault(roles.verifier.target, {})
         if key not in kinds:
-            kinds[key] = _Kind(self._backend, self._is_whole, f"round_k{num_speculative_tokens}_b{num_rows}")
+            kinds[key] = _Kind(*self._ways, f"round_k{num_speculative_tokens}_b{num_rows}")
         return kinds[key]
 
     def _warn(self, roles: Roles, reason: str, what: str) -> None:
@@ -98,14 +104,15 @@ class _Kind:
     other size of the caches. Otherwise it runs at once. Not where code of the user's takes part in a round: that may count.
     """
 
-    def __init__(self, backend: str, is_whole: bool, name: str) -> None:
+    def __init__(self, backend: str, is_captured: bool, is_whole: bool, name: str) -> None:
         code = _silent_round.__code__.replace(co_name=name)  # torch knows graphs by code, and by name what sizes have changed
         self._function, self._is_whole = FunctionType(code, _silent_round.__globals__, name), is_whole
         options = SAFELY if backend == "inductor" else {}
         self._compiled: Any = torch.compile(self._function, fullgraph=is_whole, backend=backend, options=options)
         self._verifier: Callable[[], Verifier | None] = lambda: None
         self._last: FunctionType | None = None
-        self._sure: dict[tuple[object, ...], FunctionType] = {}
+        self._recorder, self._devices = Recorder(is_captured), set[torch.device]()
+        self._sure: dict[Sizes, Callable[..., Result]] = {}
 
     def __call__(
         self, state: DecodeState, roles: Roles, num_speculative_tokens: int, noise: Noise, hooks: str
@@ -114,17 +121,20 @@ class _Kind:
         graph = self._graph(given, roles.verifier, sizes) if sizes else None
         if graph is None:
             _leave_open(state, roles)
-        return (graph or self._compiled)(*given)  # type: ignore[no-any-return]
+        return (graph or self._compiled)(*given)
 
-    def _graph(self, given: tuple[Any, ...], verifier: Verifier, sizes: tuple[object, ...]) -> FunctionType | None:
+    def _graph(self, given: tuple[Any, ...], verifier: Verifier, sizes: Sizes) -> Callable[..., Result] | None:
         """The graph for these sizes, which is looked for until it is known to hold. None: torch must look, and may make one."""
         if self._verifier() is not verifier:
             self._verifier, self._last, self._sure = ref(verifier), None, {}
+            self._devices = {parameter.device for parameter in verifier.target.parameters()}
         if sizes not in self._sure:
             last, self._last = self._last, self._found(given)
             if last is None or self._last is None or self._last.__code__ is not last.__code__:
                 return self._last
-            self._sure[sizes] = self._last
+            here = [slots for slots, _ in sizes]  # caches never shrink in a call: recordings of smaller ones are let go
+            self._sure = {each: graph for each, graph in self._sure.items() if [slots for slots, _ in each] == here}
+            self._sure[sizes] = self._recorder.captured(self._last, self._devices)
         return self._sure[sizes]
 
     def _found(self, given: tuple[Any, ...]) -> FunctionType | None:
@@ -138,7 +148,11 @@ class _Kind:
 _KINDS: WeakKeyDictionary[nn.Module, dict[Any, _Kind]] = WeakKeyDictionary()
 
 
-def _sizes(roles: Roles, hooks: str) -> tuple[object, ...]:
+Sizes = tuple[tuple[int, int], ...]
+"""`RaggedCache.sizes` of every cache."""
+
+
+def _sizes(roles: Roles, hooks: str) -> Sizes:
     """What changes between rounds of a call that have one K, besides numbers in tensors. Empty: nobody knows."""
     is_ours = type(roles.proposer).__module__.startswith(f"{__package__}.") and roles.rule in ACCEPTANCE.values()
     if not is_ours or hooks != NO_HOOKS or roles.sampler.asks_row_by_row:

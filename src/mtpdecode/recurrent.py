@@ -196,6 +196,11 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         """(B, ..., n) of each convolution: n goes by the last window."""
         return list(self._tapes.values())
 
+    def moving(self) -> list[tuple[dict[Any, Any], Any]]:
+        """Where every tensor is held that one window leaves for the next."""
+        held: list[tuple[dict[Any, Any], Any]] = [(places, index) for places in (self._tapes, self._starts) for index in places]
+        return held if self._state is None else [*held, (vars(self), "_state")]
+
     def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:
         """A window of so many tokens begins, `offset` (B,) behind what is committed; the first prompt (B,) are of the prompt."""
         self._num_tokens, self._offset, self._prompt = num_tokens, offset, prompt

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.waiting import WatchedStep
 from mtpdecode import CropCache, GenerationError, MTPDecoder, NGramProposer
+from mtpdecode.captured import RECORDS
 from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import FAMILIES
 from mtpdecode.loop import decode_round
@@ -157,6 +158,23 @@ def test_a_compiled_round_is_one_graph(rule, device):
         found = decoder.generate(**batch_on(device), **options)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert torch.equal(found, plain) or (rule == "sampled" and device.type == "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_most_rounds_are_one_launch(name, cuda, monkeypatch):
+    """What is recorded does what its kernels do one by one: text, what every round kept, and lengths of caches."""
+    made, record = [], RECORDS["cuda"]
+    monkeypatch.setitem(RECORDS, "cuda", lambda *given: made.append(given) or record(*given))
+    whole, apart = decoder_on(cuda, name), decoder_on(cuda, name)
+    whole.step, apart.step = CompiledRound(), CompiledRound(is_captured=False)
+    for options in ({"max_new_tokens": 90}, {"max_new_tokens": 400, "num_speculative_tokens": tiny.Turns()}):
+        settings = {"do_sample": False, "eos_token_id": -1} | options
+        texts = [decoder.generate(**batch_on(cuda), **settings) for decoder in (whole, apart)]
+        assert torch.equal(*texts)
+        assert whole.metrics.history == apart.metrics.history
+        assert torch.equal(whole.cache.lengths, apart.cache.lengths)
+    assert len(made) >= 4
 
 
 @pytest.mark.gpu

@@ -332,6 +332,8 @@ def test_modes_that_are_not_ours(name, untouched):
 
 @pytest.mark.parametrize("name", NOT_OURS)
 def test_and_neither_are_their_neutral_values_an_error(name):
+    if name in {"cache", "past_key_values"} - {tiny.CACHE}:
+        pytest.skip("transformers itself minds the name that it does not use")
     off, _ = NOT_OURS[name]
     for value in off:
         if (name, value) == ("num_beams", None):

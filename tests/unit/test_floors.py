@@ -13,11 +13,12 @@ FLOORS = (
     "acceptance cache head media parity",  # 2  the parts
     "request proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop
-    "compiled",  # 5  the loop's rounds as graphs
-    "decoder train",  # 6  what people type
-    "presets testing llm",  # 7  what is built on the decoder
-    "cli",  # 8  the command line
-    "__main__ __init__",  # 9  the roof
+    "captured",  # 5  the loop's rounds, their kernels recorded
+    "compiled",  # 6  the loop's rounds as graphs
+    "decoder train",  # 7  what people type
+    "presets testing llm",  # 8  what is built on the decoder
+    "cli",  # 9  the command line
+    "__main__ __init__",  # 10  the roof
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(Path(mtpdecode.__file__).parent.glob("*.py"))
