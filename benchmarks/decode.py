@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mtpdecode
-from benchmarks import beside_vllm, common
+from benchmarks import beside_vllm, common, glm_layout
 from benchmarks.acceptance import sampling
 from benchmarks.batches import Texts, longest
 from benchmarks.common import Batch, Prompt
@@ -171,22 +172,32 @@ class Measuring:
     def measure_vllm(self) -> None:
         """In processes of its own, after the others; its ratios are to what `generate` took before."""
         plain = {(row.batch, row.repeat): row for row in self.rows if row.contender == PLAIN}
-        ids = [[prompt.ids for prompt in rows] for rows in self.batches]
-        cell, args = self.cell, self.args
-        asked = beside_vllm.job(self.loaded.folder, cell.dtype, ids, cell.temperature, args.max_new_tokens, args.repeats)
         for name in beside_vllm.NAMES:
-            if not is_chosen(name, args.only, args.compiled, args.random_head):
+            if not is_chosen(name, self.args.only, self.args.compiled, self.args.random_head):
                 continue
             try:
-                found = beside_vllm.measured(name, asked, max(args.num_speculative_tokens))
+                found = self._of_vllm(name)
             except (RuntimeError, OSError, ValueError) as error:
                 self._leave_out(name, error)
                 continue
-            for run in found:
-                beside = plain[run["batch"], run["repeat"]]
-                batch = Batch(run["tokens"], run["seconds"], 0)
+            for run in found["runs"]:
+                beside, longest = plain[run["batch"], run["repeat"]], max(map(len, run["tokens"]))
+                batch = Batch(run["tokens"], run["seconds"], longest)
                 row = self._row(name, run["batch"], run["repeat"], batch, batch, None)
-                self.rows.append(row._replace(ratio=beside.ms_per_token / pace(batch), identical=None, tau=None))
+                kept = {"num_forwards": 0, "identical": None, "tau": 1.0 + sum(found["kept"]), "accepted": found["kept"]}
+                self.rows.append(row._replace(ratio=beside.ms_per_token / pace(batch), **kept))
+
+    def _of_vllm(self, name: str) -> dict[str, Any]:
+        """It drafts with families that it knows by name: where it is to draft it is given the same weights in another layout."""
+        whole, folder, args = self.loaded.folder, self.loaded.folder.with_name(name.replace(" ", "-")), self.args
+        if not folder.exists() and name.endswith("mtp"):
+            glm_layout.write(whole, folder)
+        elif not folder.exists():
+            self.loaded.target.save_pretrained(folder)  # of a head in the same files it would know nothing
+        ids = [[prompt.ids for prompt in rows] for rows in self.batches]
+        asked = vars(args) | self.cell._asdict()
+        job = beside_vllm.job(folder, ids, common.eos_ids(self.loaded.target), **asked)
+        return beside_vllm.measured(name, job, args.vllm_drafts, args.vllm)
 
 
 ROOM = 64
@@ -340,6 +351,8 @@ def options() -> argparse.ArgumentParser:
     add("--only", nargs="+", default=[], metavar="PATTERN", help='contenders by name, beside generate: "K=*" "compiled auto"')
     add("--compiled", action="store_true", help="compiled contenders too: every graph takes about a minute to make")
     add("--random-head", action="store_true", help="auto with a head that knows nothing, too")
+    add("--vllm", default=sys.executable, metavar="PYTHON", help="the Python that vLLM is installed for (default: this one)")
+    add("--vllm-drafts", type=int, default=1, metavar="K", help="draft tokens of vLLM's (default: %(default)s)")
     add("--backend", default="inductor", help="of torch.compile (default: %(default)s)")
     return parser
 
@@ -348,7 +361,7 @@ def main() -> None:
     args = options().parse_args()
     common.start(args)
     cells: list[dict[str, Any]] = []
-    for cell in grid(args, beside_vllm.is_installed()):
+    for cell in grid(args, beside_vllm.is_installed(args.vllm)):
         cells.append(cell)
         common.write(args.out, "decode", merged(args.out, cells))  # after every cell: a long run may be ended at any time
     common.show_card(cells[0])

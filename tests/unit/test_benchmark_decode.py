@@ -5,8 +5,9 @@ import sys
 from itertools import islice
 
 import pytest
+import torch
 
-from benchmarks import batches, decode, report
+from benchmarks import batches, decode, glm_layout, report
 from benchmarks.contenders import is_chosen
 from mtpdecode import MTPDecoder
 from tests import tiny
@@ -90,6 +91,60 @@ def test_who_fails_is_left_out_with_the_reason(run, monkeypatch, capsys):
     assert names(cell) == ["generate", "mtpdecode K=1"]
     assert cell["left_out"] == {"generate static compiled": "ValueError: no such cache"}
     assert "left out: generate static compiled (ValueError: no such cache)" in capsys.readouterr().out
+
+
+STAND_IN = """
+import json, sys
+from collections import namedtuple
+
+Metric = namedtuple("Metric", "name value values")
+Output, Tokens = namedtuple("Output", "outputs"), namedtuple("Tokens", "token_ids")
+
+def SamplingParams(**settings):
+    return settings
+
+class LLM:
+    def __init__(self, model, dtype, speculative_config=None, **settings):
+        assert json.load(open(f"{model}/config.json"))["model_type"] == ("glm4_moe" if speculative_config else "llama")
+        self.drafts, self.calls = speculative_config, 0
+
+    def generate(self, rows, settings, use_tqdm):
+        self.calls += 1
+        return [Output([Tokens([5] * settings["max_tokens"])]) for _ in rows]
+
+    def get_metrics(self):
+        counts = {"num_drafts": 10 * self.calls, "num_accepted_tokens_per_pos": 4 * self.calls} if self.drafts else {}
+        return [Metric(f"vllm:spec_decode_{name}", count, [count]) for name, count in counts.items()]
+"""
+"""What of vLLM's interface is used."""
+
+
+def test_vllm_takes_part_in_a_process_of_its_own(run, tmp_path):
+    """Its interpreter is another one, which here is ours with a stand-in for vLLM; drafting, it is given another layout."""
+    (tmp_path / "vllm.py").write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    cell = run("--vllm", str(python), "--only", "vllm*", "--batch-sizes", "3")[0]
+    assert not cell["left_out"]
+    assert names(cell) == ["generate", "vllm", "vllm mtp"]
+    plain, mtp = cell["contenders"][1:]
+    assert (plain["tau"], mtp["tau"]) == (1, pytest.approx(1.4))
+    assert cell["rows"][-1]["num_tokens"] == 3 * 12
+
+
+def test_the_same_weights_in_glms_layout(checkpoint, tmp_path):
+    """Logits, and what is drafted and kept."""
+    glm_layout.write(checkpoint, tmp_path / "glm")
+    llama, glm = (MTPDecoder.from_pretrained(folder, num_speculative_tokens=2) for folder in (checkpoint, tmp_path / "glm"))
+    assert type(glm.target).__name__ == "Glm4MoeForCausalLM"
+    for decoder in (llama, glm):
+        decoder.generate(**tiny.padded(tiny.prompts()), max_new_tokens=30, do_sample=False)
+    ids = tiny.one(tiny.prompts()[0])
+    assert torch.allclose(glm.target(ids).logits, llama.target(ids).logits, atol=1e-5)
+    assert glm.metrics.history == llama.metrics.history
+    with pytest.raises(ValueError, match="holds no Llama"):
+        glm_layout.write(tmp_path / "glm", tmp_path / "again")
 
 
 def row(contender, batch, ms_per_token):
