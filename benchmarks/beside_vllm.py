@@ -84,7 +84,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
             found.append({"batch": at, "repeat": repeat, "seconds": seconds, "tokens": tokens})
-    counted = [now - then for now, then in zip(_counted(engine), before or [0] * 64, strict=False)]
+    counted = [now - then for now, then in zip(_counted(engine), before, strict=True)]
     drafts, *kept = counted or [0]
     print(json.dumps({"runs": found, "kept": [each / drafts for each in kept] if drafts else []}))
 

@@ -8,6 +8,7 @@ so that it is right about every other time at every draft position (`tests/unit/
 import copy
 import json
 from functools import cache
+from itertools import zip_longest
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -334,6 +335,15 @@ def _write_shards(folder, tensors, num_shards):
         save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": {name: file for file, held in files.items() for name in held}}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def streamed_in_turns(decoder, ids, settings, **options):
+    """One decoder, several streams that take turns: what each was given, chunk by chunk."""
+    together = [[] for _ in settings]
+    for chunks in zip_longest(*(decoder.stream(ids, **options, **each) for each in settings)):
+        for text, chunk in zip(together, chunks, strict=True):
+            text += [] if chunk is None else [chunk]
+    return together
 
 
 class Turns(DraftSchedule):

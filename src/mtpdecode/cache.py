@@ -12,19 +12,15 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .errors import CacheError
-from .recurrent import HookedLayer, LayerPlan, RecurrentLayer
+from .recurrent import Cell, HookedLayer, LayerPlan, RecurrentLayer
 from .state import Window
 
 BUCKET, LEAST_BUCKET = 64, 16
 """Slots become visible in multiples of 64 for one row, of 16 for many: slots that are looked at in vain cost by the row, while a
 graph is found to hold for a new size once for all rows."""
 
-
 RECORDED = 4
 """How many times larger the steps are on a GPU, where each size is recorded (`captured.py`), and looking at slots is cheap."""
-
-Cell = tuple[dict[Any, Any], Any]
-"""Where a tensor is held, and under which name."""
 
 
 def bucket(num_rows: int, device: str = "cpu") -> int:

@@ -17,10 +17,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .cache import Cell, RaggedCache
+from .cache import RaggedCache
 from .loop import Roles
+from .recurrent import Cell
 from .state import DecodeState, Fresh, Text
 
 Result = tuple[DecodeState, Tensor]
@@ -65,10 +66,13 @@ class Recorder:
     def __init__(self, is_on: bool = True) -> None:
         self.is_on = is_on
 
-    def captured(self, function: Callable[..., Result], devices: set[torch.device]) -> Callable[..., Result]:
-        """The round, recorded where that can be done. devices: those that the target lies on."""
-        is_recorded = self.is_on and len(devices) == 1 and next(iter(devices)).type in RECORDS
-        return CapturedRound(function, self) if is_recorded else function
+    def captured(self, function: Callable[..., Result], target: nn.Module) -> Callable[..., Result]:
+        """The round, recorded where that can be done: of a target that lies on one device."""
+        device = next(target.parameters()).device
+        is_known = self.is_on and device.type in RECORDS
+        return (
+            CapturedRound(function, self) if is_known and all(each.device == device for each in target.parameters()) else function
+        )
 
     def __call__(self, function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], None]] | None:
         try:

@@ -111,7 +111,7 @@ class _Kind:
         self._compiled: Any = torch.compile(self._function, fullgraph=is_whole, backend=backend, options=options)
         self._verifier: Callable[[], Verifier | None] = lambda: None
         self._last: FunctionType | None = None
-        self._recorder, self._devices = Recorder(is_captured), set[torch.device]()
+        self._recorder = Recorder(is_captured)
         self._sure: dict[Sizes, Callable[..., Result]] = {}
 
     def __call__(
@@ -127,14 +127,13 @@ class _Kind:
         """The graph for these sizes, which is looked for until it is known to hold. None: torch must look, and may make one."""
         if self._verifier() is not verifier:
             self._verifier, self._last, self._sure = ref(verifier), None, {}
-            self._devices = {parameter.device for parameter in verifier.target.parameters()}
         if sizes not in self._sure:
             last, self._last = self._last, self._found(given)
             if last is None or self._last is None or self._last.__code__ is not last.__code__:
                 return self._last
             here = [slots for slots, _ in sizes]  # caches never shrink in a call: recordings of smaller ones are let go
             self._sure = {each: graph for each, graph in self._sure.items() if [slots for slots, _ in each] == here}
-            self._sure[sizes] = self._recorder.captured(self._last, self._devices)
+            self._sure[sizes] = self._recorder.captured(self._last, verifier.target)
         return self._sure[sizes]
 
     def _found(self, given: tuple[Any, ...]) -> FunctionType | None:

@@ -154,6 +154,10 @@ def kind_of(module: nn.Module) -> RecurrentKind | None:
     return next((kind for kind in KINDS if kind.mixer == type(module).__name__), None)
 
 
+Cell = tuple[dict[Any, Any], Any]
+"""Where a tensor is held, and under which name."""
+
+
 class HookedLayer(ABC):
     """A layer of a cache that needs hooks on the model's own modules while windows go through them."""
 
@@ -196,9 +200,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, HookedLayer):
         """(B, ..., n) of each convolution: n goes by the last window."""
         return list(self._tapes.values())
 
-    def moving(self) -> list[tuple[dict[Any, Any], Any]]:
+    def moving(self) -> list[Cell]:
         """Where every tensor is held that one window leaves for the next."""
-        held: list[tuple[dict[Any, Any], Any]] = [(places, index) for places in (self._tapes, self._starts) for index in places]
+        held: list[Cell] = [(places, index) for places in (self._tapes, self._starts) for index in places]
         return held if self._state is None else [*held, (vars(self), "_state")]
 
     def open(self, num_tokens: int, offset: Tensor | None = None, prompt: Tensor | None = None) -> None:

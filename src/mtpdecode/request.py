@@ -27,12 +27,12 @@ from .media import (
 )
 from .state import Prompt, Text
 from .stopping import Stopping
-from .target import text_config
+from .target import CACHE_NAMES, text_config
 
 INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 PER_TOKEN = ("input_ids", "inputs_embeds", "mm_token_type_ids", "per_layer_inputs")
 """Inputs with an entry (B, P, ...) for every token of the prompt."""
-PREPARED = (*INPUTS, "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "cache_position")
+PREPARED = (*INPUTS, "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "cache_position")
 """What transformers hands to a custom_generate by itself."""
 
 NOT_OURS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -145,7 +145,7 @@ def check_prepared(config: GenerationConfig, own: GenerationConfig) -> None:
 
 def check_seam(model: PreTrainedModel, model_kwargs: Mapping[str, Any]) -> None:
     """Raise GenerationError for what a user passed to `model.generate(..., custom_generate=decoder)` and we would not look at."""
-    caches = {name: model_kwargs[name] for name in ("cache", "past_key_values") if model_kwargs.get(name) is not None}
+    caches = {name: model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None}
     check_options({name: cache for name, cache in caches.items() if int(cache.get_seq_length())})
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if positions is not None:

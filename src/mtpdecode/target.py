@@ -145,13 +145,17 @@ class Tap:
         self.heard = output if self.hidden == "post_norm" else args[0].flatten(2)  # streams one behind the other
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward calls its cache, the newer name first."""
+
+
 def cache_keyword(forward: Callable[..., Any]) -> str:
     """The name under which a forward takes its cache: "cache" from transformers 5.24 on, "past_key_values" before.
 
     Published code of the older time keeps that name. A forward that takes everything is handed the name of this transformers.
     """
     names = signature(forward).parameters
-    ours = next((name for name in ("cache", "past_key_values") if name in names), None)
+    ours = next((name for name in CACHE_NAMES if name in names), None)
     return ours or cache_keyword(GenerationMixin.prepare_inputs_for_generation)
 
 

@@ -6,7 +6,6 @@ does, no Python and no read by the host. So what would read from the wrong place
 
 import gc
 import weakref
-from itertools import zip_longest
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mtpdecode import MTPDecoder, NGramProposer
-from mtpdecode.captured import RECORDS, CapturedRound
+from mtpdecode.captured import RECORDS
 from mtpdecode.compiled import CompiledRound
 from mtpdecode.families import FAMILIES
 from tests import tiny
@@ -35,10 +34,9 @@ RULES = {
 class Tape(TorchDispatchMode):
     """Every operator that is called in here, with the tensors that it was given and what it returned.
 
-    last  the one that was made last        played  how often any was
+    made, played  how many there were, and how often any was launched
     """
 
-    last = None
     made = played = 0
 
     def __init__(self):
@@ -62,15 +60,16 @@ class Tape(TorchDispatchMode):
 
 def on_tape(function, device):
     """Runs while it records, as a GPU does not; what is not put right by the launch would show."""
-    with Tape() as Tape.last:
+    with Tape() as tape:
         result = function()
     Tape.made += 1
-    return result, Tape.last.play
+    return result, tape.play
 
 
 @pytest.fixture(autouse=True)
 def _tape(monkeypatch):
     monkeypatch.setitem(RECORDS, "cpu", on_tape)
+    monkeypatch.setattr("mtpdecode.compiled._KINDS", weakref.WeakKeyDictionary())  # a kind that could not be recorded gives up
     Tape.made = Tape.played = 0
     torch._dynamo.reset()
 
@@ -137,11 +136,7 @@ def test_texts_that_take_turns_keep_to_their_own_places():
     decoder, ids = captured(), torch.tensor([tiny.prompts()[0]])
     settings = [{"do_sample": False}, {"do_sample": True, "seed": 3}, {"do_sample": False, "num_speculative_tokens": 1}]
     alone = [list(tiny.decoder("llama", 2).stream(ids, max_new_tokens=24, **each)) for each in settings]
-    together = [[] for _ in settings]
-    for chunks in zip_longest(*(decoder.stream(ids, max_new_tokens=24, **each) for each in settings)):
-        for text, chunk in zip(together, chunks, strict=True):
-            text += [] if chunk is None else [chunk]
-    assert together == alone
+    assert tiny.streamed_in_turns(decoder, ids, settings, max_new_tokens=24) == alone
     assert Tape.played
 
 
@@ -182,12 +177,18 @@ def test_nothing_is_recorded_where_nobody_asked():
 
 
 def test_a_recording_keeps_no_cache_alive(monkeypatch):
-    monkeypatch.setattr(Tape, "__torch_dispatch__", lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {})))
-    decoder = captured()  # a tape holds what it was given, which a CUDA graph does not: this one holds nothing
-    monkeypatch.setattr(CapturedRound, "_recorded", lambda self, *args: Tape.last and None)
-    decoder.generate(tiny.one(tiny.prompts()[0]), max_new_tokens=20, do_sample=False)
+    """A tape holds what it was given, which a CUDA graph does not. This one holds nothing, and its launches do nothing."""
+    launched = []
+    monkeypatch.setitem(RECORDS, "cpu", lambda function, device: (function(), lambda: launched.append(1)))
+    decoder = captured()
+    rounds = decoder.stream(tiny.one(tiny.prompts()[0]), max_new_tokens=40, do_sample=False)
+    for _ in range(8):
+        next(rounds)
+    rounds.close()
+    assert launched
     cache = weakref.ref(decoder.cache)
     decoder.release()
+    del rounds
     gc.collect()
     assert cache() is None
 

@@ -1,7 +1,5 @@
 """A compiled round does what `decode_round` does, in one graph for every batch size and K, however long the text grows."""
 
-from itertools import zip_longest
-
 import pytest
 import torch
 
@@ -140,11 +138,7 @@ def test_two_texts_at_once_keep_to_their_own_graphs():
     decoder, ids = compiled("llama", num_speculative_tokens=2), torch.tensor([tiny.prompts()[0]])
     settings = [{"do_sample": False}, {"do_sample": True, "seed": 3}, {"do_sample": False, "num_speculative_tokens": 1}]
     alone = [list(tiny.decoder("llama", 2).stream(ids, max_new_tokens=30, **each)) for each in settings]
-    streams = [decoder.stream(ids, max_new_tokens=30, **each) for each in settings]
-    together = [[] for _ in streams]
-    for chunks in zip_longest(*streams):
-        for text, chunk in zip(together, chunks, strict=True):
-            text += [] if chunk is None else [chunk]
+    together = tiny.streamed_in_turns(decoder, ids, settings, max_new_tokens=30)
     for one, other in zip(together, alone, strict=True):
         assert one == other
 
