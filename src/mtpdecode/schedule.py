@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from operator import mul
 from random import Random
-from statistics import median_low
+from statistics import NormalDist, median_low
 from typing import NamedTuple
 
 from .errors import GenerationError
@@ -142,12 +142,12 @@ class Outlook(NamedTuple):
 class ExpectedSpeedup(DraftSchedule):
     """Measures, and drafts as many tokens as promise most tokens a second; none where that is plain decoding.
 
-        tokens of K   E(K) = 1 + p (a_1 + a_1 a_2 + ... + a_1 ... a_K)    a_k: how often token k is kept once those before it are
+        tokens of K   E(K) = 1 + p a_1 + ... + p^K a_1 ... a_K    a_k: how often token k is kept once those before it are
         seconds of K  C(K), the median of the last rounds with as many rows and about as long texts
         chosen        the K with the largest E(K) / C(K)
 
     (Leviathan et al. 2023, section 3, with a rate per position and measured costs.) A batch goes on until its slowest row ends,
-    so that row's pace p counts: what it has kept, over what the rates of all rows promised it; 1 for a single row.
+    so that row's pace p counts: how often it keeps a draft token, over how often all rows do; 1 for a single row. See `_Race`.
 
     It changes K for a gain of `margin` at least, and tries plain decoding and neighbours of the best K while what that costs, all
     told, is below `budget` of the time.
@@ -188,14 +188,14 @@ class ExpectedSpeedup(DraftSchedule):
 
     def begin(self, num_rows: int, num_tokens: int) -> None:
         self._place = _place(num_rows, num_tokens)
-        self._race = _Race(num_rows, self._paces.get(num_rows, 1.0))
+        self._race = _Race(num_rows, self._pace(num_rows))
 
     def observe(self, seen: Seen) -> None:
         rows = [(count, cut) for count, cut in zip(seen.counts, seen.cut, strict=True) if count]
         if not rows:
             return
         if seen.num_drafted and len(seen.counts) > 1:
-            self._paces[len(seen.counts)] = self._race.pace(seen, sum(self._chances()[1 : seen.num_drafted + 1]))
+            self._paces[len(seen.counts)] = self._race.pace(seen, self._rate(1))
         self._learn(seen.num_drafted, rows)
         appended = sum(count for count, _ in rows) / len(rows)
         self.time(seen.num_drafted, len(seen.counts), seen.num_tokens, seen.seconds)
@@ -206,7 +206,8 @@ class ExpectedSpeedup(DraftSchedule):
         self._seconds += usual + seen.learning
         if seen.num_drafted != self._current:
             best = max(each.rate for each in self.outlook())
-            self._spent += max(usual - appended / best, 0.0) + seen.learning
+            won = 1 + self._pace(len(seen.counts)) * (appended - 1)
+            self._spent += max(usual - won / best, 0.0) + seen.learning
             self._learning = seen.learning
 
     def time(self, num_speculative_tokens: int, num_rows: int, num_tokens: int, seconds: float) -> None:
@@ -228,9 +229,9 @@ class ExpectedSpeedup(DraftSchedule):
     def outlook(self, place: Place | None = None) -> list[Outlook]:
         """What each K promises at a place: with as many rows, and about as long texts. None: where the last round was."""
         found, chances, known = [], self._chances(), self._known(place)
-        pace = self._paces.get((place or self._place).num_rows, 1.0)
+        pace = self._pace((place or self._place).num_rows)
         for k in self.choices:
-            tokens, counts = 1 + pace * sum(chances[1 : k + 1]), self._tokens[k]
+            tokens, counts = sum(pace**at * chance for at, chance in enumerate(chances[: k + 1])), self._tokens[k]
             measured = sum(counts) / len(counts) if counts else float("nan"), known.get(k, float("nan"))
             found.append(Outlook(k, tokens, _cost(k, known), *measured, len(self._measured(k, place))))
         return found
@@ -262,6 +263,10 @@ class ExpectedSpeedup(DraftSchedule):
         """1, a_1, a_1 a_2, ..."""
         return list(accumulate(map(self._rate, range(1, self.choices[-1] + 1)), mul, initial=1.0))
 
+    def _pace(self, num_rows: int) -> float:
+        """Of the slowest of so many rows."""
+        return self._paces.get(num_rows) or usual_pace(num_rows)
+
     def _rate(self, k: int) -> float:
         """a_k: of a position that was hardly tried, about what the one before it has."""
         believed, weight = (0.5, 1) if k == 1 else (self._rate(k - 1), 3)
@@ -292,26 +297,38 @@ class ExpectedSpeedup(DraftSchedule):
 
 
 class _Race:
-    """The rows of a call, and how many draft tokens each has kept beside how many were promised.
+    """The rows of a call, and how often each has kept the first token of a draft, beside how often that was expected.
 
-    pace  to begin with; it weighs as much as `WEIGHT` promised tokens
+    pace  to begin with; it weighs as much as `WEIGHT` tokens that were expected to be kept
     """
 
     WEIGHT = 32.0
 
     def __init__(self, num_rows: int, pace: float) -> None:
-        self._kept, self._promised = [pace * self.WEIGHT] * num_rows, [self.WEIGHT] * num_rows
+        self._kept, self._expected = [pace * self.WEIGHT] * num_rows, [self.WEIGHT] * num_rows
 
-    def pace(self, seen: Seen, promised: float) -> float:
-        """kept / promised of the row that lags most, of those that go on; of all, where none does.
+    def pace(self, seen: Seen, rate: float) -> float:
+        """kept / expected of the row that lags most, of those that go on; of all, where none does.
 
-        promised  draft tokens that a row was expected to keep in the round that was seen
+        rate  how often rows keep the first token
         """
         going_on = [row for row, (count, cut) in enumerate(zip(seen.counts, seen.cut, strict=True)) if count and not cut]
         for row in going_on:
-            self._kept[row] += seen.counts[row] - 1
-            self._promised[row] += promised
-        return min(self._kept[row] / self._promised[row] for row in going_on or range(len(seen.counts)))
+            self._kept[row] += seen.counts[row] > 1
+            self._expected[row] += rate
+        return min(self._kept[row] / self._expected[row] for row in going_on or range(len(seen.counts)))
+
+
+def usual_pace(num_rows: int) -> float:
+    """How often the slowest of some rows keeps a draft token, over how often they all do, before any of them was seen.
+
+    1 - SPREAD m(B)      m(B): the largest of B standard normal numbers, about (Blom 1958: the (B - 3/8) / (B + 1/4) quantile)
+    """
+    return max(1 - SPREAD * NormalDist().inv_cdf((num_rows - 0.375) / (num_rows + 0.25)), 0.0)
+
+
+SPREAD = 0.26
+"""Standard deviation of how often texts keep the first draft token, over its mean: 0.26 in `benchmarks/results/decode.json`."""
 
 
 def _cost(k: int, known: dict[int, float]) -> float:
