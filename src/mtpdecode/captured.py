@@ -69,10 +69,8 @@ class Recorder:
     def captured(self, function: Callable[..., Result], target: nn.Module) -> Callable[..., Result]:
         """The round, recorded where that can be done: of a target that lies on one device."""
         device = next(target.parameters()).device
-        is_known = self.is_on and device.type in RECORDS
-        return (
-            CapturedRound(function, self) if is_known and all(each.device == device for each in target.parameters()) else function
-        )
+        is_recorded = self.is_on and device.type in RECORDS and all(each.device == device for each in target.parameters())
+        return CapturedRound(function, self) if is_recorded else function
 
     def __call__(self, function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], None]] | None:
         try:
