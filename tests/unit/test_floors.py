@@ -8,7 +8,7 @@ import pytest
 import mtpdecode
 
 FLOORS = (
-    "errors spec distances state metrics recurrent attention packing",  # 0  ground: data, tables, arithmetic on their own
+    "errors spec distances state metrics recurrent attention packing frames",  # 0  ground: data, tables, arithmetic on their own
     "sampling stopping families checkpoint target layers blocks indexer schedule vocabulary",  # 1  what raises our errors
     "acceptance cache head media parity",  # 2  the parts
     "request proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them

@@ -90,7 +90,8 @@ def test_two_decoders_share_a_copy_which_goes_with_the_model():
     layer = linear()
     packings = [Packing([layer]), Packing([layer])]
     numbers = {product.number for packing in packings for _, product in packing._products}
-    assert len(numbers) == 1 and numbers <= set(packing._WEIGHTS)
+    assert len(numbers) == 1
+    assert numbers <= set(packing._WEIGHTS)
     assert packings[0].num_bytes == layer.weight.nbytes
     del packings, layer
     gc.collect()
