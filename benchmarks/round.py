@@ -4,8 +4,8 @@
 
 Greedy, one prompt at a time. All cells (compiled or not, and K) take turns on the same prompts, and each run is made twice:
 without timers for the round as a whole, and with them for its parts (`timers.py`). The difference is what the timers cost; it is
-reported, and counts as time outside of the forwards. The floor is the bytes that a round must read over the bandwidth measured
-in between.
+reported. Of it, what marks inside of a graph take by themselves is in no share; the rest counts as time outside of the forwards.
+The floor is the bytes that a round must read over the bandwidth measured in between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import mtpdecode
 from benchmarks import common
 from benchmarks.common import Prompt
 from benchmarks.roofline import bandwidth, readers, round_bytes
-from benchmarks.timers import FORWARDS, PARTS, Stopwatch, marking, rounds, watching
+from benchmarks.timers import FORWARDS, MARKING, PARTS, Stopwatch, marking, rounds, watching
 from mtpdecode.compiled import CompiledRound
 
 EAGER, COMPILED = "eager", "compiled"
@@ -63,7 +63,8 @@ class Row(NamedTuple):
     @property
     def outside(self) -> float:
         """The share of a round that is outside of the forwards of target and head."""
-        return 1 - sum(self.parts.get(part, 0.0) for part in FORWARDS) / sum(self.parts.values())
+        inside = sum(self.parts.get(part, 0.0) for part in FORWARDS)
+        return 1 - inside / (sum(self.parts.values()) - self.parts.get(MARKING, 0.0))
 
 
 def cells(decoder: mtpdecode.MTPDecoder, args: argparse.Namespace) -> list[Cell]:

@@ -32,7 +32,9 @@ OURS = ("processors", "acceptance", "stopping", "caches", IN_GRAPH, REST, HOST)
 """Parts outside of the forwards. Of a compiled round only the last three are known: the others are one in the graph, and what
 is around it finds the graph and checks that it holds. The graph is a part of compiled rounds only."""
 FORWARDS = (TARGET, ABSORB, STEPS, VOCABULARY)
-PARTS = (*FORWARDS, *OURS)
+MARKING = "the marks"
+"""What marks take by themselves. No part of a round without them, so in no share; what it takes to call them is in the parts."""
+PARTS = (*FORWARDS, *OURS, MARKING)
 ATTENTION = {TARGET: "target: attention", ABSORB: "head: attention", STEPS: "head: attention"}
 """What `watching(..., attention=True)` takes out of the forwards."""
 
@@ -65,6 +67,13 @@ class Stopwatch:
 
     def leave(self) -> None:
         if self._open:
+            self._switch()
+            self._open.pop()
+
+    def charge(self, part: str) -> None:
+        """What passed since a part began or ended counts for this one, whatever is open."""
+        if self._open:
+            self._open.append(part)
             self._switch()
             self._open.pop()
 
@@ -173,7 +182,9 @@ def _mark(before: Sequence[Tensor], part: int) -> Tensor:
         _MARKED[0].leave()
     else:
         _MARKED[0].enter(MARKS[part])
-    return torch.zeros((), dtype=torch.long, device=before[0].device)
+    zero = torch.zeros((), dtype=torch.long, device=before[0].device)
+    _MARKED[0].charge(MARKING)
+    return zero
 
 
 _LIBRARY.impl("mark", _mark, "CompositeExplicitAutograd")

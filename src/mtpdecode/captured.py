@@ -79,7 +79,7 @@ class Recorder:
             self.is_on = False
             reason = next(iter(str(error).strip().splitlines()), "no reason given")
             asked = f"compiled=True was asked for; the kernels of a round cannot be recorded on {device.type} ({reason})"
-            warnings.warn(f"{asked} and are launched one by one.", stacklevel=8)
+            warnings.warn(f"{asked} and are launched one by one.", stacklevel=7)
             return None
 
 

@@ -78,7 +78,7 @@ class CompiledRound:
     def _warn(self, roles: Roles, reason: str, what: str) -> None:
         if not self._has_warned:
             asked = f"compiled=True was asked for; a round of {type(roles.verifier.target).__name__} is no single graph"
-            warnings.warn(f"{asked} ({reason}) and {what}", stacklevel=5)
+            warnings.warn(f"{asked} ({reason}) and {what}", stacklevel=4)
         self._has_warned = True
 
 

@@ -24,6 +24,7 @@ from .attention import folding
 from .cache import CacheLayout, KVCacheManager, RaggedCache
 from .compiled import CompiledRound
 from .errors import GenerationError
+from .frames import with_room
 from .head import MTPHead
 from .layers import check_attention, layer_plans, layer_windows
 from .loading import head_for, load_target, save_together
@@ -409,7 +410,7 @@ class MTPDecoder:
         try:
             while True:
                 with torch.no_grad(), evaluating(training), folding(), self.packing.used(), roles.listening():
-                    made = list(islice(rounds, at_once))
+                    made = with_room(list, islice(rounds, at_once))
                 if not made:
                     return
                 yield from made

@@ -21,7 +21,8 @@ SLOTS = 2**15
 
 
 def with_room(function: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
-    """Calls a function from a frame that is too large for any chunk in use, and so is given a new one. About 20 us."""
+    """Calls a function from a frame that is too large for any chunk in use, and so is given a new one. About 20 us, and a page
+    fault for each page that is then touched: worth it ahead of rounds, not of operators."""
     return function(*given, **named)
 
 

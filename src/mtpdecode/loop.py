@@ -14,7 +14,6 @@ from torch import Tensor
 from .acceptance import ACCEPTANCE, Acceptance, accept, accept_matches
 from .cache import KVCacheManager
 from .errors import GenerationError
-from .frames import with_room
 from .metrics import Metrics
 from .proposer import NoDraft, Proposer
 from .sampling import Sampler
@@ -217,7 +216,7 @@ def decode(
         state = rest.before(state, roles, num_drafted)
         clock.lap("propose")
         begun = time.perf_counter()
-        state, told = with_room(step, state, roles, num_drafted, noise, clock)
+        state, told = step(state, roles, num_drafted, noise, clock)
         rest.after(state, num_drafted)
         unread.append(Report(told, num_drafted, asked, begun))
         if len(unread) <= roles.late:

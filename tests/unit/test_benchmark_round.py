@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from benchmarks import common, roofline, round, timers
-from benchmarks.timers import FORWARDS, HOST, IN_GRAPH, REST, Stopwatch
+from benchmarks.timers import FORWARDS, HOST, IN_GRAPH, MARKING, REST, TARGET, Stopwatch
 from mtpdecode import MTPDecoder
 from mtpdecode.compiled import CompiledRound
 from tests import tiny
 
-EAGER_PARTS = {*timers.PARTS} - {IN_GRAPH}
+EAGER_PARTS = {*timers.PARTS} - {IN_GRAPH, MARKING}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,20 @@ def test_a_watch_that_stands_still_counts_nothing():
     assert set(watch.stop()) == {"rest"}
     timed()
     assert set(watch.seconds) == {"rest"}
+
+
+def test_what_is_charged_is_in_no_open_part_and_in_no_share():
+    watch = Stopwatch()
+    watch.start(REST)
+    watch.enter(TARGET)
+    time.sleep(0.2)
+    watch.charge(MARKING)
+    watch.leave()
+    seconds = watch.stop()
+    assert seconds[MARKING] >= 0.2 > seconds[TARGET] + seconds[REST]
+    parts = {TARGET: 9.0, REST: 1.0, MARKING: 30.0}
+    row = round.Row("compiled K=1", "text", 0, num_rounds=1, tau=1.0, committed=1.0, ms=10.0, parts=parts)
+    assert row.outside == pytest.approx(0.1)
 
 
 # ── parts of rounds ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -96,7 +110,7 @@ def test_marks_in_a_graph_tell_forwards_from_the_rest_and_change_nothing():
     expected = decoder.generate(**batch)
     decoder.step = CompiledRound("eager")
     for each in timed_rounds(decoder, timers.marking):
-        assert set(each) == {*FORWARDS, IN_GRAPH, REST, HOST}
+        assert set(each) == {*FORWARDS, IN_GRAPH, REST, HOST, MARKING}
         assert all(seconds > 0 for seconds in each.values())
     made = round.num_graphs()
     with timers.marking(decoder, Stopwatch()):
@@ -171,7 +185,7 @@ def test_the_script_from_end_to_end(checkpoint, tmp_path, capsys):
     assert [(cell["mode"], cell["K"]) for cell in result["cells"]] == [("eager", 2), ("compiled", 2)]
     assert result["graphs"]["while_measuring"] == 0
     for row in result["rows"]:
-        assert set(row["parts"]) == EAGER_PARTS if row["cell"].startswith("eager") else {*FORWARDS, IN_GRAPH, REST, HOST}
+        assert set(row["parts"]) == EAGER_PARTS if row["cell"].startswith("eager") else {*FORWARDS, IN_GRAPH, REST, HOST, MARKING}
     for cell in result["cells"]:
         assert 0 < cell["outside"]["median"] < 1
         assert cell["ms"]["q1"] <= cell["ms"]["median"] <= cell["ms"]["q3"]
