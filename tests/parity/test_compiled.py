@@ -1,5 +1,7 @@
 """A compiled round does what `decode_round` does, in one graph for every batch size and K, however long the text grows."""
 
+from functools import wraps
+
 import pytest
 import torch
 
@@ -119,6 +121,18 @@ def test_a_graph_is_checked_twice_a_call_and_once_for_each_other_size(checked):
     assert len(checked) == 2
     assert all(checked)
     assert num_graphs() == 1
+
+
+def test_torch_is_not_asked_for_sizes_once_there_is_a_graph(monkeypatch):
+    """Its reader switches the tracer off and on, for each size."""
+    reader, asked = torch._dynamo.utils.call_size, []
+    monkeypatch.setattr(torch._dynamo.utils, "call_size", wraps(reader)(lambda *given: asked.append(given) or reader(*given)))
+    decoder, row = compiled("llama", num_speculative_tokens=1, backend="eager"), tiny.prompts()[0]
+    for num_tokens in (2, 24):
+        asked.clear()
+        found = decoder.generate(torch.tensor([row]), max_new_tokens=num_tokens, do_sample=False)
+        assert found[0].tolist() == [*row, *tiny.plain("llama", row, max_new_tokens=num_tokens)]
+        assert bool(asked) == (num_tokens == 2), "the round that made it, and no other"
 
 
 def test_a_graph_with_code_of_the_users_is_checked_always(checked):
