@@ -159,8 +159,7 @@ def _joined(rounds: Sequence[Fresh]) -> list[Fresh]:
 def judge(draft: Draft, scores: Tensor, sampler: Sampler, rule: Acceptance | None, noise: Noise, positions: Tensor) -> Verdict:
     """scores (B, K+1, V) -> which tokens are appended. For argmax every lossless rule is the same comparison."""
     if rule is None or (not sampler.do_sample and rule in ACCEPTANCE.values()):
-        draws = [sampler.draw(row, noise, positions + k, Purpose.TARGET) for k, row in enumerate(scores.unbind(1))]
-        return accept_matches(draft, torch.stack(draws, dim=1))
+        return accept_matches(draft, sampler.draws(scores, noise, positions, Purpose.TARGET))
     return accept(rule, draft, sampler.law(scores), noise, positions)
 
 

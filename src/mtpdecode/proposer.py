@@ -15,7 +15,7 @@ from .cache import KVCacheManager
 from .errors import GenerationError
 from .head import MTPHead
 from .indexer import Choices, chosen, narrowed
-from .sampling import Sampler, race
+from .sampling import Sampler, largest, race
 from .state import DecodeState, Draft, Fresh, Noise, Prompt, Purpose, Text, Window
 
 DraftSampling = Literal["sample", "greedy"]
@@ -194,7 +194,7 @@ class MTPProposer(Proposer):
     def _pick(self, logits: Tensor, text: Text, position: int, noise: Noise) -> Draft:
         """logits (B, V_draft) -> one token per row, tokens (B, 1), from the head's law after the user's processors."""
         if self.call.sampler.is_plain:
-            return Draft(self.head.token_ids(logits.argmax(-1, keepdim=True)), None)
+            return Draft(self.head.token_ids(largest(logits)[..., None]), None)
         return drawn(self.head.full_logits(logits.float()), self.call, text, position, noise)
 
 
@@ -202,12 +202,12 @@ def drawn(full: Tensor, call: Call, text: Text, position: int, noise: Noise) -> 
     """full (B, V) float32, a guess at draft token `position` -> one token per row, from its law after the user's processors."""
     sampler = call.sampler
     if sampler.is_plain:
-        return Draft(full.argmax(-1, keepdim=True), None)
+        return Draft(largest(full)[..., None], None)
     scores = sampler.scores(full[:, None], text._replace(lengths=text.lengths + position))[:, 0]
     allowed = scores.isfinite().any(-1, keepdim=True)  # processors may forbid all that the head can say: any law is lossless
     scores = torch.where(allowed, scores, full)
     if call.sampling == "greedy" or not sampler.do_sample:
-        return Draft(scores.argmax(-1, keepdim=True), None)
+        return Draft(largest(scores)[..., None], None)
     law = sampler.law(scores)
     token = race(law, noise.exponential(text.lengths + position, call.purpose, law.shape[-1]))
     return Draft(token[:, None], law[:, None])
