@@ -179,7 +179,7 @@ def timed_batch(
 
 def card(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What was measured on what: hardware, versions, settings."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "checkpoint")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "checkpoint", "vllm")}
     return {
         "model": str(args.checkpoint) if args.checkpoint else MODEL,
         **more,
