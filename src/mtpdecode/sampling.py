@@ -97,28 +97,25 @@ class Sampler:
             return scores.softmax(-1)
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
 
-    def draw(self, scores: Tensor, noise: Noise, positions: Tensor, purpose: int) -> Tensor:
-        """scores (B, V), positions (B,) -> tokens (B,) int64, one draw from the law of each row."""
-        if not self.do_sample:
-            return largest(scores)
-        return race(scores.softmax(-1), noise.exponential(positions, purpose, scores.shape[-1]))
-
     def draws(self, scores: Tensor, noise: Noise, positions: Tensor, purpose: int) -> Tensor:
-        """scores (B, T, V), positions (B,) of the first of T -> tokens (B, T) int64, one draw for each."""
+        """scores (B, T, V), positions (B,) of the first of T -> tokens (B, T) int64, one draw from the law of each."""
         if not self.do_sample:
             return largest(scores)
-        return torch.stack([self.draw(row, noise, positions + k, purpose) for k, row in enumerate(scores.unbind(1))], dim=1)
+        rows = enumerate(scores.unbind(1))
+        draws = [race(row.softmax(-1), noise.exponential(positions + k, purpose, scores.shape[-1])) for k, row in rows]
+        return torch.stack(draws, dim=1)
 
 
 def largest(scores: Tensor) -> Tensor:
-    """scores (..., V) -> (...) int64, `argmax`: of equal ones the first.
+    """scores (..., V) -> (...) int64, `argmax`: of equal ones the first, and NaN is larger than any.
 
     In graphs for a CPU in two passes, the largest and where it is, which vectorise: half of the time for 4 times 49152 scores.
     """
     if scores.device.type != "cpu" or not torch.compiler.is_compiling():
         return scores.argmax(-1)
     slots = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
-    return torch.where(scores < scores.amax(-1, keepdim=True), scores.shape[-1], slots).amin(-1).long()
+    is_largest = (scores >= scores.amax(-1, keepdim=True)) | (scores != scores)  # `isnan` takes longer
+    return torch.where(is_largest, slots, scores.shape[-1]).amin(-1).long()
 
 
 def race(weights: Tensor, exponentials: Tensor) -> Tensor:

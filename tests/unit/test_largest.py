@@ -12,6 +12,7 @@ ROWS = {
     "forbidden": torch.tensor([-INF, -2.0, -INF, -1.0, -1.0]),
     "all forbidden": torch.full((5,), -INF),
     "the last": torch.arange(5.0),
+    "a hole": torch.tensor([5.0, 1.0, float("nan"), 9.0, float("nan")]),
     "no numbers": torch.full((5,), float("nan")),
 }
 
