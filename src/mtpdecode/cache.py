@@ -231,7 +231,15 @@ class _Slots:
         self.num_used = max(self.num_used, self.num_visible)
         self.written, self.numbers = self.written[:, :0], self.numbers[:0]
 
-    def places(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def write(self, slots: Tensor, states: Tensor) -> None:
+        """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place: a compiled round hands no tensor back."""
+        if len(slots) == 1:  # half the time
+            slots.index_copy_(2, self.written[0].to(states.device), states)
+            return
+        places = (place.to(states.device) for place in self._places(states.shape[1]))
+        slots.index_put_(tuple(places), states)  # scatter_ takes as long as there are slots
+
+    def _places(self, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B, 1, 1), heads (H, 1) and slots (B, 1, T) that a layer of so many heads writes."""
         if num_heads not in self._heads:
             self._heads[num_heads] = torch.arange(num_heads, device=self._rows.device)[:, None]
@@ -287,8 +295,8 @@ class _RaggedLayer(CacheLayerMixin):
         assert self.values is not None
         if self._is_full(self.keys):
             self.grow()
-        self._put(self.keys, key_states)
-        self._put(self.values, value_states)
+        self._slots.write(self.keys, key_states)
+        self._slots.write(self.values, value_states)
         return self.keys[:, :, : self._slots.num_visible], self.values[:, :, : self._slots.num_visible]
 
     def grow(self) -> None:
@@ -312,7 +320,7 @@ class _RaggedLayer(CacheLayerMixin):
         """
         if self.index_keys is None or self._is_full(self.index_keys):
             self.index_keys = self._roomy(idx_k[:, :, :0] if self.index_keys is None else self.index_keys)
-        self._put(self.index_keys, idx_k)
+        self._slots.write(self.index_keys, idx_k)
         return self.index_keys[:, :, : self._slots.num_visible]
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
@@ -327,11 +335,6 @@ class _RaggedLayer(CacheLayerMixin):
     @indexer_position_ids.setter
     def indexer_position_ids(self, positions: Tensor) -> None:
         """Slots are where they are: what transformers sets is known."""
-
-    def _put(self, slots: Tensor, states: Tensor) -> None:
-        """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place: a compiled round hands no tensor back."""
-        places = (places.to(states.device) for places in self._slots.places(states.shape[1]))
-        slots.index_put_(tuple(places), states)  # scatter_ takes as long as there are slots
 
     def _is_full(self, slots: Tensor) -> bool:
         """Never while there is just enough: a compiler would take the two sizes for one."""
@@ -414,7 +417,7 @@ class _CompressedLayer(_RaggedLayer, HookedLayer):
         given, old = torch.cat([kv, gate], dim=-1)[:, None], self._given.get(name)
         if old is None or self._is_full(old):
             self._given[name] = self._roomy(given[:, :, :0] if old is None else old)
-        self._put(self._given[name], given)
+        self._slots.write(self._given[name], given)
         num_slots = self._slots.num_visible // self._size * self._size
         all_kv, all_gate = self._given[name][:, 0, :num_slots].chunk(2, dim=-1)
         return all_kv, all_gate, 0
