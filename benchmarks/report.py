@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import beside_vllm
 from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,8 @@ def is_single(cell: dict[str, Any]) -> bool:
 def contenders(cell: dict[str, Any]) -> str:
     """Everybody in one cell: milliseconds per token and times plain, median and quartiles."""
     texts, tokens = cell["contenders"][0]["texts"], cell["settings"]["max_new_tokens"]
-    title = f"Wall clock, batch 1, greedy, {cell['dtype']}, {texts} texts of up to {tokens} tokens, interleaved ({machine(cell)})"
+    turns = "interleaved but for vLLM" if any(c["contender"] in beside_vllm.NAMES for c in cell["contenders"]) else "interleaved"
+    title = f"Wall clock, batch 1, greedy, {cell['dtype']}, {texts} texts of up to {tokens} tokens, {turns} ({machine(cell)})"
     kinds = list(cell["contenders"][0]["ratio_by_kind"])
     ratios = ("ratio", "ratio_to_best_plain")
     rows = [

@@ -233,7 +233,7 @@ class _Slots:
 
     def write(self, slots: Tensor, states: Tensor) -> None:
         """slots (B, H, S, Dh) with states (B, H, T, Dh) written in place: a compiled round hands no tensor back."""
-        if len(slots) == 1:  # half the time
+        if len(slots) == 1:  # one index to move, not three
             slots.index_copy_(2, self.written[0].to(states.device), states)
             return
         places = (place.to(states.device) for place in self._places(states.shape[1]))
