@@ -75,14 +75,14 @@ IN_GRID = (
 
 
 def grid(cells: list[dict[str, Any]]) -> str:
-    """A line a cell: how many times as fast as the best plain way there, and tau in brackets."""
+    """A line a cell: how many times as fast as the best plain way there, and tau behind it."""
     found = [{c["contender"]: c for c in cell["contenders"]} for cell in cells]
     names = [name for name in IN_GRID if any(name in each for each in found)]
     rows = [
         (*where(cell), *(beside_best(each[name]) if name in each else "" for name in names))
         for cell, each in zip(cells, found, strict=True)
     ]
-    title = "Other cells: times the best plain way of the cell, and tau in brackets"
+    title = "Other cells: times the best plain way of the cell, quartiles, and tau in round brackets"
     return f"{title}:\n\n" + table(["dtype", "batch", "temperature", "context", "best plain", *names], rows) + "\n"
 
 
@@ -91,8 +91,8 @@ def where(cell: dict[str, Any]) -> tuple[object, ...]:
 
 
 def beside_best(contender: dict[str, Any]) -> str:
-    ratio, tau = contender["ratio_to_best_plain"]["median"], contender["tau"]
-    return f"{ratio:.2f}" if tau is None else f"{ratio:.2f} ({tau:.2f})"
+    ratio, tau = spread(contender["ratio_to_best_plain"]), contender["tau"]
+    return ratio if tau is None else f"{ratio} ({tau:.2f})"
 
 
 def acceptance(result: dict[str, Any]) -> str:
