@@ -3,7 +3,8 @@
 oneDNN computes `x @ weight.T` in blocks of its own; handed a plain weight it lays it out anew, or multiplies slowly, every time.
 PyTorch packs ahead where it also freezes weights into a graph: a copy for every graph, blind to later changes, and nothing for
 rounds that are not compiled. So the two operators behind that are called here: `_reorder_linear_weight` and `_linear_pointwise`.
-They are PyTorch's own business, hence `can_pack`, which tries them out; where they fail, weights stay as they are.
+They are PyTorch's own business, hence `can_pack`, which tries them out; where they fail, weights stay as they are. Where the
+plain product is the faster one, or one in float32, that is taken (`ways.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-USUAL_TOKENS = 4
-"""For so many tokens oneDNN chooses the blocks: a window's. More and fewer go through the same blocks."""
+from .ways import Way, pack, packed_product, ways
+
 SAMPLES = 64
 """Numbers of each weight that are compared with those of the time it was packed."""
 
@@ -34,16 +35,35 @@ SIBLINGS = (
 )
 """Names of Linears that models give one and the same input. Where one is given another, the text stays right; time is lost."""
 
-_WEIGHTS: dict[int, tuple[Tensor, Tensor | None]] = {}
-"""Packed weights and their biases by number: graphs cannot be given packed tensors, but numbers."""
+
+class Weights(NamedTuple):
+    """What a product multiplies by.
+
+    packed, bias  of all siblings, in the way's dtype       plain  (weight, bias) of each, as they are; () where never used
+    """
+
+    way: Way
+    packed: Tensor
+    bias: Tensor | None
+    plain: tuple[tuple[Tensor, Tensor | None], ...]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out): a few tokens by whichever is faster for so many."""
+        if not self.way.is_plain(x.numel() // x.shape[-1]):
+            return packed_product(x, self.packed, self.bias)
+        outputs = [F.linear(x, weight, bias) for weight, bias in self.plain]
+        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+
+
+_WEIGHTS: dict[int, Weights] = {}
+"""By number: graphs cannot be given packed tensors, but numbers."""
 
 _LIBRARY = library.Library("mtpdecode", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("packed_linear(Tensor x, int number, int num_out) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _packed_linear(x: Tensor, number: int, num_out: int) -> Tensor:
-    weight, bias = _WEIGHTS[number]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _WEIGHTS[number].product(x)
 
 
 _LIBRARY.impl("packed_linear", _packed_linear, "CPU")  # type: ignore[no-untyped-call]
@@ -58,10 +78,11 @@ class Product:
     It is packed anew when a weight has changed: seen by the tensor's identity, its version, and a sample of its numbers, for
     `weight.data` hides its version.
 
-    parts  by Linear: does what it does, from the packed weight
+    parts  by Linear: does what it does, from the packed weight        way  how it is packed, and when it is not used
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], way: Way) -> None:
+        self.way = way
         self.number, self._samples = max(_WEIGHTS, default=0) + 1, torch.empty(0)
         self._known: tuple[Any, ...] = ()
         self.renew(linears)
@@ -81,10 +102,11 @@ class Product:
         samples = torch.cat([_sample(linear.weight) for linear in linears])
         if not (known == self._known and torch.equal(samples, self._samples)):
             self._known, self._samples = known, samples
-            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-            weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_TOKENS)
-            _WEIGHTS[self.number] = packed, torch.cat(biases) if biases else None
+            plain = tuple((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears)
+            biases = [bias for _, bias in plain if bias is not None]
+            weight = torch.cat([weight for weight, _ in plain]) if len(plain) > 1 else plain[0][0]
+            packed, bias = pack(weight, self.way.dtype), torch.cat(biases).to(self.way.dtype) if biases else None
+            _WEIGHTS[self.number] = Weights(self.way, packed, bias, plain if self.way.plain_for else ())
 
 
 class PackedLinear:
@@ -148,7 +170,9 @@ class Packing:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inside = dict.fromkeys(module for root in modules for module in root.modules())
-        self._products = [(linears, _product(linears)) for linears in _grouped(inside)]
+        groups = _grouped(inside)
+        found = ways([[linear.weight for linear in linears] for linears in groups])
+        self._products = [(linears, _product(linears, way)) for linears, way in zip(groups, found, strict=True)]
         self._pairs = [pair for linears, product in self._products for pair in zip(linears, product.parts, strict=True)]
         self._versioned: list[Tensor] = []
         self._versions = 0
@@ -157,7 +181,8 @@ class Packing:
     @property
     def num_bytes(self) -> int:
         """What the packed copies hold in memory, about."""
-        return sum(linear.weight.nbytes for linear, _ in self._pairs)
+        sizes = ((packed.product.way.dtype.itemsize, linear.weight.numel()) for linear, packed in self._pairs)
+        return sum(itemsize * number for itemsize, number in sizes)
 
     def renew(self) -> None:
         """Pack anew what has changed."""
@@ -204,10 +229,10 @@ _KNOWN: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Linear]], Product]] = Wea
 """By the first Linear of a product, with all of them: so that the decoders of one model hold one copy."""
 
 
-def _product(linears: Sequence[nn.Linear]) -> Product:
+def _product(linears: Sequence[nn.Linear], way: Way) -> Product:
     known, product = _KNOWN.get(linears[0], ([], None))
     if product is None or [each() for each in known] != list(linears):
-        product = Product(linears)
+        product = Product(linears, way)
         _KNOWN[linears[0]] = [ref(linear) for linear in linears], product
     return product
 
@@ -226,8 +251,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     x, weight = torch.linspace(-1, 1, 3 * 16).view(3, 16).to(dtype), torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, USUAL_TOKENS)
-        product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        product = packed_product(x, pack(weight, dtype), None)
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(product.float(), F.linear(x, weight).float(), rtol=2e-2, atol=1e-2)

@@ -8,8 +8,8 @@ import pytest
 import mtpdecode
 
 FLOORS = (
-    "errors spec distances state metrics recurrent attention packing frames",  # 0  ground: data, tables, arithmetic on their own
-    "sampling stopping families checkpoint target layers blocks indexer schedule vocabulary",  # 1  what raises our errors
+    "errors spec distances state metrics recurrent attention ways frames",  # 0  ground: data, tables, arithmetic on their own
+    "sampling stopping families checkpoint target layers blocks indexer schedule vocabulary packing",  # 1  what raises our errors
     "acceptance cache head media parity",  # 2  the parts
     "request proposer verifier loading laws rehearsal",  # 3  the roles, and what fills them
     "loop tables assistant",  # 4  the loop

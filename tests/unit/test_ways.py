@@ -1,0 +1,137 @@
+"""The fastest way to multiply is found by trying, whatever it is the product is right, and chance does not choose."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from mtpdecode import MTPDecoder, packing, ways
+from mtpdecode.packing import Packing, can_pack
+from mtpdecode.ways import NUM_TOKENS, PACKED, PLAIN, WIDE, Way, chosen
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch packs no weights")
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed bfloat16 here"))
+
+
+def seconds(plain, packed, wide=None):
+    """What products took, by number of tokens."""
+    taken = {(way, each): float(f(each)) for way, f in ((PLAIN, plain), (PACKED, packed)) for each in NUM_TOKENS}
+    return taken | ({(WIDE, each): float(wide(each)) for each in NUM_TOKENS} if wide else {})
+
+
+CASES = {
+    "packed is faster": (seconds(lambda n: 2, lambda n: 1), Way(torch.float32)),
+    "plain is faster, by chance": (seconds(lambda n: 0.95, lambda n: 1), Way(torch.float32)),
+    "plain is faster for few": (seconds(lambda n: n, lambda n: 3.5), Way(torch.float32, frozenset({1, 2, 3}))),
+    "wide is faster": (seconds(lambda n: 99, lambda n: n, lambda n: n / 2), Way(torch.float32)),
+    "wide is faster, by chance": (seconds(lambda n: 99, lambda n: n, lambda n: n * 0.95), Way(torch.bfloat16)),
+    "wide is faster but for one token": (seconds(lambda n: n, lambda n: n, lambda n: 1.5), Way(torch.float32, frozenset({1}))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fastest_is_chosen(case):
+    taken, expected = CASES[case]
+    dtype = torch.bfloat16 if (WIDE, 1) in taken else torch.float32
+    assert chosen(dtype, taken) == expected
+
+
+def test_numbers_in_between_go_as_the_next_smaller_one():
+    way = Way(torch.float32, frozenset({1, 4, NUM_TOKENS[-1]}))
+    assert [way.is_plain(each) for each in (0, 1, 2, 3, 4, 5, 6, 7, 31, 32, 1000)] == [
+        *(True, True, False, False, True, True),
+        *(False, False, False, True, True),
+    ]
+
+
+WAYS = [Way(torch.float32), Way(torch.float32, frozenset({1, 2, 3})), Way(torch.float32, frozenset(NUM_TOKENS))]
+
+
+def siblings(dtype, bias):
+    torch.manual_seed(0)
+    module = nn.Module()
+    for name, num_out in (("q_proj", 40), ("k_proj", 16), ("v_proj", 8)):
+        setattr(module, name, nn.Linear(24, num_out, bias=bias).to(dtype))
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", [*WAYS, Way(torch.bfloat16, frozenset({1}))])
+@torch.no_grad()
+def test_every_way_says_what_the_linears_say_and_follows_them(monkeypatch, dtype, bias, way):
+    if way.dtype == torch.bfloat16 and not (dtype == way.dtype and can_pack(dtype)):
+        pytest.skip("weights are not rounded")
+    monkeypatch.setattr(packing, "ways", lambda products: [way] * len(products))
+    module, close = siblings(dtype, bias), 1e-5 if dtype == torch.float32 else 2e-2
+    packed, inputs = Packing([module]), [torch.randn(n, 24).to(dtype) for n in (1, 2, 3, 4, 40)]
+    for change in (lambda weight: weight, lambda weight: weight * 2, lambda weight: nn.Parameter(weight + 1)):
+        module.k_proj.weight.data = change(module.k_proj.weight.data)
+        packed.renew()
+        for x in inputs:
+            expected = [child(x) for child in module.children()]
+            with packed.used():
+                found = [child(x) for child in module.children()]
+            for each, other in zip(found, expected, strict=True):
+                assert each.dtype == dtype
+                torch.testing.assert_close(each, other, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("name", ["llama", "mimo"])
+@pytest.mark.parametrize("num_drafted", [0, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_text_is_that_of_plain_decoding(monkeypatch, name, num_drafted, way):
+    monkeypatch.setattr(packing, "ways", lambda products: [way] * len(products))
+    monkeypatch.setattr(packing, "_KNOWN", type(packing._KNOWN)())
+    decoder = MTPDecoder.from_model(tiny.target(name), head=tiny.head(name, 2), num_speculative_tokens=num_drafted, packed=True)
+    rows = tiny.prompts()
+    sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=40, do_sample=False)
+    tiny.assert_rows(sequences, 9, [tiny.plain(name, row, max_new_tokens=40) for row in rows], str(way))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_copy_is_as_large_as_it_says(monkeypatch, dtype):
+    monkeypatch.setattr(packing, "ways", lambda products: [Way(torch.float32)] * len(products))
+    assert Packing([siblings(dtype, True)]).num_bytes == 64 * 24 * 4
+
+
+def few_and_many():
+    torch.manual_seed(0)
+    return [[torch.randn(64, 32)]], [[torch.randn(1024, 1024)] for _ in range(4)] + [[torch.randn(40, 16), torch.randn(8, 16)]]
+
+
+def test_every_shape_is_tried_once_and_few_weights_never(monkeypatch):
+    monkeypatch.setattr(ways, "_FOUND", {})
+    tried, really = [], ways._tried
+    monkeypatch.setattr(ways, "_tried", lambda some: tried.append([shape for shape, _ in some]) or really(some))
+    few, many = few_and_many()
+    assert ways.ways(few) == [Way(torch.float32)]
+    assert not tried
+    found = ways.ways(many)
+    assert found == ways.ways(many), "a second time it is known"
+    assert [[(shape.num_out, shape.num_in) for shape in each] for each in tried] == [[(1024, 1024)] * 4 + [(48, 16)]]
+
+
+def test_large_weights_and_models_are_tried_in_part(monkeypatch):
+    monkeypatch.setattr(ways, "MOST", 2**20)
+    few, many = few_and_many()
+    some = ways._some(many + few)
+    assert [tuple(weight.shape) for weight in some.values()] == [(128, 1024), (128, 1024), (48, 16), (64, 32)]
+    assert sum(weight.nbytes for weight in some.values()) < 2**21
+
+
+def test_what_took_longer_is_not_taken(monkeypatch):
+    """By a clock that goes on a second when it is looked at, and one more for a packed product of up to three tokens."""
+    monkeypatch.setattr(ways, "_FOUND", {})
+    clock, product = itertools.count(1.0), ways.packed_product
+
+    def slowed(x, *rest):
+        if len(x) < 4:
+            next(clock)
+        return product(x, *rest)
+
+    monkeypatch.setattr(ways, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(ways, "packed_product", slowed)
+    assert set(ways.ways(few_and_many()[1])) == {Way(torch.float32, frozenset({1, 2, 3}))}
