@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from .ways import Way, pack, packed_product, ways
+from .ways import Way, pack, packed_product, plain_product, ways
 
 SAMPLES = 64
 """Numbers of each weight that are compared with those of the time it was packed."""
@@ -49,10 +49,9 @@ class Weights(NamedTuple):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out): a few tokens by whichever is faster for so many."""
-        if not self.way.is_plain(x.numel() // x.shape[-1]):
-            return packed_product(x, self.packed, self.bias)
-        outputs = [F.linear(x, weight, bias) for weight, bias in self.plain]
-        return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        if self.plain and self.way.is_plain(x.numel() // x.shape[-1]):
+            return plain_product(x, self.plain)
+        return packed_product(x, self.packed, self.bias)
 
 
 _WEIGHTS: dict[int, Weights] = {}
@@ -251,7 +250,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     x, weight = torch.linspace(-1, 1, 3 * 16).view(3, 16).to(dtype), torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
     try:
-        product = packed_product(x, pack(weight, dtype), None)
+        product = packed_product(x, pack(weight, dtype))
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(product.float(), F.linear(x, weight).float(), rtol=2e-2, atol=1e-2)

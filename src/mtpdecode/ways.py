@@ -9,9 +9,11 @@ All sum up in float32 and round to the weight's dtype; they differ in the order 
 
 from __future__ import annotations
 
+import os
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ MARGIN = 0.9
 """What is not faster by a tenth is not preferred: chance shall not choose, and a second process shall choose alike."""
 LEAST, MOST = 2**24, 2**26
 """Bytes of weights. Fewer are not tried: they stay in the processor's caches. No more are tried, save one of each shape."""
+MOST_MEMORY, WIDE_BYTES = 0.25, 4
+"""Copies in float32 take no more than this share of the machine's memory, at four bytes a weight."""
 
 PLAIN, PACKED, WIDE = "plain", "packed", "wide"
 
@@ -55,26 +59,32 @@ class Shape(NamedTuple):
     num_threads: int
 
 
-_FOUND: dict[Shape, Way] = {}
+Seconds = Mapping[tuple[str, int], float]
+"""(way, number of tokens) -> what products took."""
+
+_FOUND: dict[Shape, Seconds] = {}
 
 
 def ways(products: Sequence[Sequence[Tensor]]) -> list[Way]:
     """The way of each product, given by its weights (out, in), those of siblings together. Shapes that are not known yet are
-    tried, a second or two in all; where there is too little to be tried, weights are packed in their own dtype."""
+    tried, a few seconds in all; where there is too little to be tried, weights are packed in their own dtype."""
     some = _some([weights for weights in products if _shape(weights) not in _FOUND])
-    if sum(weight.nbytes for weight in some.values()) >= LEAST:
-        _FOUND.update({shape: chosen(shape.dtype, seconds) for shape, seconds in _tried(some).items()})
-    return [_FOUND.get(_shape(weights), Way(weights[0].dtype)) for weights in products]
+    if sum(weight.nbytes for weights in some.values() for weight in weights) >= LEAST:
+        _FOUND.update(_tried(some))
+    may_widen = sum(weight.numel() for weights in products for weight in weights) * WIDE_BYTES < memory() * MOST_MEMORY
+    return [
+        chosen(seconds, weights[0].dtype, may_widen) if (seconds := _FOUND.get(_shape(weights))) else Way(weights[0].dtype)
+        for weights in products
+    ]
 
 
-def chosen(dtype: torch.dtype, seconds: Mapping[tuple[str, int], float]) -> Way:
-    """(way, number of tokens) -> what products took. Every number of tokens counts alike; what is plain where that is faster is
-    read from the model's own weight, so one copy is packed."""
+def chosen(seconds: Seconds, dtype: torch.dtype, may_widen: bool = True) -> Way:
+    """Every number of tokens counts alike. Where plain is faster the model's own weight is read, so that one copy is packed."""
 
     def beside_packed(way: str) -> float:
         return sum(min(seconds[PLAIN, each], seconds[way, each]) / seconds[PACKED, each] for each in NUM_TOKENS)
 
-    is_wide = (WIDE, 1) in seconds and beside_packed(WIDE) < MARGIN * beside_packed(PACKED)
+    is_wide = may_widen and (WIDE, 1) in seconds and beside_packed(WIDE) < MARGIN * beside_packed(PACKED)
     way = WIDE if is_wide else PACKED
     faster = (each for each in NUM_TOKENS if seconds[PLAIN, each] < MARGIN * seconds[way, each])
     return Way(torch.float32 if is_wide else dtype, frozenset(faster))
@@ -84,10 +94,27 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), USUAL_TOKENS)  # type: ignore[no-any-return]
 
 
-def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), in any dtype -> (..., out) in x's. weight: from `pack`; bias (out): in the weight's dtype."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
-    return product.to(x.dtype)
+    if x.dtype != weight.dtype:
+        return packed_product(x.to(weight.dtype), weight, bias).to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def plain_product(x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """x (..., in) -> (..., out), of the weights (out, in) and biases (out) of siblings one behind the other."""
+    rows = x.reshape(-1, x.shape[-1])  # of rows with gaps, `F.linear` would copy the weight instead
+    outputs = [F.linear(rows, weight, bias) for weight, bias in weights]
+    product = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
+def memory() -> int:
+    """Bytes of this machine; 0: nobody knows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 # ── trying ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,8 +124,8 @@ def _shape(weights: Sequence[Tensor]) -> Shape:
     return Shape(sum(map(len, weights)), weights[0].shape[1], weights[0].dtype, torch.get_num_threads())
 
 
-Some = dict[tuple[Shape, int], Tensor]
-"""(shape, number) -> a weight of that shape, or its first rows where it is large."""
+Some = dict[tuple[Shape, int], tuple[Tensor, ...]]
+"""(shape, number) -> the weights of siblings, or their first rows where they are large."""
 
 
 def _some(products: Sequence[Sequence[Tensor]]) -> Some:
@@ -108,36 +135,44 @@ def _some(products: Sequence[Sequence[Tensor]]) -> Some:
     for at, weights in enumerate(products):
         shape = _shape(weights)
         if shape not in seen or num_bytes < MOST:
-            rows = max(MOST // 2 // (weights[0].nbytes // len(weights[0])), 1)
-            found[shape, at] = torch.cat([weight.detach()[:rows] for weight in weights])[:rows]
-            num_bytes += found[shape, at].nbytes
+            rows = max(MOST // 2 // (shape.num_in * shape.dtype.itemsize), 1)
+            found[shape, at] = tuple(weight.detach()[:rows] for weight in weights)
+            num_bytes += sum(weight.nbytes for weight in found[shape, at])
             seen.add(shape)
     return found
 
 
+Product = Callable[[Tensor], Tensor]
+
+
+def _products(weights: Sequence[Tensor]) -> dict[str, Product]:
+    """By way. No wide one of what is float32 already."""
+    own, whole = weights[0].dtype, torch.cat(list(weights))
+    dtypes = {PACKED: own, WIDE: torch.float32} if own != torch.float32 else {PACKED: own}
+    packed = {way: partial(packed_product, weight=pack(whole, dtype)) for way, dtype in dtypes.items()}
+    return {PLAIN: partial(plain_product, weights=[(weight, None) for weight in weights]), **packed}
+
+
 @torch.no_grad()
-def _tried(some: Some) -> dict[Shape, dict[tuple[str, int], float]]:
-    """Shape -> (way, number of tokens) -> seconds of its products: the fastest of some passes over all that is tried."""
-    packed: dict[str, Some] = {
-        PLAIN: some,
-        PACKED: {key: pack(weight, weight.dtype) for key, weight in some.items()},
-        WIDE: {key: pack(weight, torch.float32) for key, weight in some.items() if weight.dtype != torch.float32},
-    }
+def _tried(some: Some) -> dict[Shape, Seconds]:
+    """Shape -> what its products took: the fastest of some passes over all that is tried."""
     least: dict[Shape, dict[tuple[str, int], float]] = defaultdict(dict)
+    products = {key: _products(weights) for key, weights in some.items()}
     for num_tokens in NUM_TOKENS:
         for _ in range(REPEATS):
-            for way, weights in packed.items():
-                for shape, seconds in _pass(way, weights, num_tokens).items():
+            for way in (PLAIN, PACKED, WIDE):
+                those = {key: each[way] for key, each in products.items() if way in each}
+                for shape, seconds in _pass(those, num_tokens).items():
                     least[shape][way, num_tokens] = min(seconds, least[shape].get((way, num_tokens), seconds))
-    return least
+    return dict(least)
 
 
-def _pass(way: str, weights: Some, num_tokens: int) -> dict[Shape, float]:
-    """Shape -> seconds of its products, all products of one way one behind the other."""
+def _pass(products: Mapping[tuple[Shape, int], Product], num_tokens: int) -> dict[Shape, float]:
+    """Shape -> seconds of its products, all of them one behind the other."""
     spent: dict[Shape, float] = defaultdict(float)
-    inputs = {(shape.num_in, shape.dtype): torch.ones(num_tokens, shape.num_in, dtype=shape.dtype) for shape, _ in weights}
-    for (shape, _), weight in weights.items():
+    inputs = {(shape.num_in, shape.dtype): torch.ones(num_tokens, shape.num_in, dtype=shape.dtype) for shape, _ in products}
+    for (shape, _), product in products.items():
         x, begin = inputs[shape.num_in, shape.dtype], perf_counter()
-        F.linear(x, weight) if way == PLAIN else packed_product(x, weight, None)
+        product(x)
         spent[shape] += perf_counter() - begin
     return spent

@@ -35,7 +35,23 @@ CASES = {
 def test_the_fastest_is_chosen(case):
     taken, expected = CASES[case]
     dtype = torch.bfloat16 if (WIDE, 1) in taken else torch.float32
-    assert chosen(dtype, taken) == expected
+    assert chosen(taken, dtype) == expected
+
+
+def test_what_does_not_fit_is_not_widened(monkeypatch):
+    taken, expected = CASES["wide is faster"]
+    assert chosen(taken, torch.bfloat16, may_widen=False) == Way(torch.bfloat16)
+    products = [[torch.zeros(8, 4, dtype=torch.bfloat16)]]
+    monkeypatch.setattr(ways, "_FOUND", {ways._shape(products[0]): taken})
+    for room, way in ((8 * 4 * 4, Way(torch.bfloat16)), (8 * 4 * 4 + 1, expected)):
+        monkeypatch.setattr(ways, "memory", lambda room=room: room / ways.MOST_MEMORY)
+        assert ways.ways(products) == [way]
+
+
+def test_a_machine_that_does_not_tell_its_memory_widens_nothing(monkeypatch):
+    assert ways.memory() > 2**28
+    monkeypatch.delattr("os.sysconf")
+    assert ways.memory() == 0
 
 
 def test_numbers_in_between_go_as_the_next_smaller_one():
@@ -118,8 +134,8 @@ def test_large_weights_and_models_are_tried_in_part(monkeypatch):
     monkeypatch.setattr(ways, "MOST", 2**20)
     few, many = few_and_many()
     some = ways._some(many + few)
-    assert [tuple(weight.shape) for weight in some.values()] == [(128, 1024), (128, 1024), (48, 16), (64, 32)]
-    assert sum(weight.nbytes for weight in some.values()) < 2**21
+    shapes = [[tuple(weight.shape) for weight in weights] for weights in some.values()]
+    assert shapes == [[(128, 1024)], [(128, 1024)], [(40, 16), (8, 16)], [(64, 32)]]
 
 
 def test_what_took_longer_is_not_taken(monkeypatch):
@@ -127,10 +143,10 @@ def test_what_took_longer_is_not_taken(monkeypatch):
     monkeypatch.setattr(ways, "_FOUND", {})
     clock, product = itertools.count(1.0), ways.packed_product
 
-    def slowed(x, *rest):
+    def slowed(x, weight):
         if len(x) < 4:
             next(clock)
-        return product(x, *rest)
+        return product(x, weight)
 
     monkeypatch.setattr(ways, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(ways, "packed_product", slowed)
