@@ -9,7 +9,7 @@ plain product is the faster one, or one in float32, that is taken (`ways.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from .ways import Way, pack, packed_product, plain_product, ways
+from .ways import Way, pack, packed_product, products, ways
 
 SAMPLES = 64
 """Numbers of each weight that are compared with those of the time it was packed."""
@@ -37,21 +37,10 @@ SIBLINGS = (
 
 
 class Weights(NamedTuple):
-    """What a product multiplies by.
-
-    packed, bias  of all siblings, in the way's dtype       plain  (weight, bias) of each, as they are; () where never used
-    """
+    """What a product multiplies by: for each name of the way, the weights of all siblings, ready to be multiplied by."""
 
     way: Way
-    packed: Tensor
-    bias: Tensor | None
-    plain: tuple[tuple[Tensor, Tensor | None], ...]
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out): a few tokens by whichever is faster for so many."""
-        if self.plain and self.way.is_plain(x.numel() // x.shape[-1]):
-            return plain_product(x, self.plain)
-        return packed_product(x, self.packed, self.bias)
+    products: dict[str, Callable[[Tensor], Tensor]]
 
 
 _WEIGHTS: dict[int, Weights] = {}
@@ -62,7 +51,8 @@ _LIBRARY.define("packed_linear(Tensor x, int number, int num_out) -> Tensor")  #
 
 
 def _packed_linear(x: Tensor, number: int, num_out: int) -> Tensor:
-    return _WEIGHTS[number].product(x)
+    way, products = _WEIGHTS[number]
+    return products[way.of(x.numel() // x.shape[-1])](x)
 
 
 _LIBRARY.impl("packed_linear", _packed_linear, "CPU")  # type: ignore[no-untyped-call]
@@ -77,7 +67,7 @@ class Product:
     It is packed anew when a weight has changed: seen by the tensor's identity, its version, and a sample of its numbers, for
     `weight.data` hides its version.
 
-    parts  by Linear: does what it does, from the packed weight        way  how it is packed, and when it is not used
+    parts  by Linear: does what it does, from the packed weight        way  how it is packed, and for what
     """
 
     def __init__(self, linears: Sequence[nn.Linear], way: Way) -> None:
@@ -101,11 +91,8 @@ class Product:
         samples = torch.cat([_sample(linear.weight) for linear in linears])
         if not (known == self._known and torch.equal(samples, self._samples)):
             self._known, self._samples = known, samples
-            plain = tuple((linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears)
-            biases = [bias for _, bias in plain if bias is not None]
-            weight = torch.cat([weight for weight, _ in plain]) if len(plain) > 1 else plain[0][0]
-            packed, bias = pack(weight, self.way.dtype), torch.cat(biases).to(self.way.dtype) if biases else None
-            _WEIGHTS[self.number] = Weights(self.way, packed, bias, plain if self.way.plain_for else ())
+            siblings = [(linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears]
+            _WEIGHTS[self.number] = Weights(self.way, products(siblings, self.way.names))
 
 
 class PackedLinear:
@@ -180,8 +167,7 @@ class Packing:
     @property
     def num_bytes(self) -> int:
         """What the packed copies hold in memory, about."""
-        sizes = ((packed.product.way.dtype.itemsize, linear.weight.numel()) for linear, packed in self._pairs)
-        return sum(itemsize * number for itemsize, number in sizes)
+        return sum(packed.product.way.itemsize(linear.weight.dtype) * linear.weight.numel() for linear, packed in self._pairs)
 
     def renew(self) -> None:
         """Pack anew what has changed."""

@@ -31,23 +31,27 @@ MARGIN = 0.9
 LEAST, MOST = 2**24, 2**26
 """Bytes of weights. Fewer are not tried: they stay in the processor's caches. No more are tried, save one of each shape."""
 MOST_MEMORY, WIDE_BYTES = 0.25, 4
-"""Copies in float32 take no more than this share of the machine's memory, at four bytes a weight."""
+"""Copies in float32, of four bytes a weight, are made where they take less than this share of the machine's memory."""
 
-PLAIN, PACKED, WIDE = "plain", "packed", "wide"
+EVERY = PLAIN, PACKED, WIDE = "plain", "packed", "wide"
 
 
 class Way(NamedTuple):
-    """How products of one shape are computed.
+    """How products of one shape are computed: for each of NUM_TOKENS a name."""
 
-    dtype      of the packed copy: the weight's own or, wide, float32
-    plain_for  of NUM_TOKENS, those for which the weight as it is, is faster than its packed copy
-    """
+    names: tuple[str, ...] = (PACKED,) * len(NUM_TOKENS)
 
-    dtype: torch.dtype
-    plain_for: frozenset[int] = frozenset()
+    def of(self, num_tokens: int) -> str:
+        return self.names[max(bisect(NUM_TOKENS, num_tokens) - 1, 0)]
 
-    def is_plain(self, num_tokens: int) -> bool:
-        return NUM_TOKENS[max(bisect(NUM_TOKENS, num_tokens) - 1, 0)] in self.plain_for
+    def itemsize(self, dtype: torch.dtype) -> int:
+        """Bytes that the copies of a weight of this dtype take."""
+        return sum(each.itemsize for name, each in packed_dtypes(dtype).items() if name in self.names)
+
+
+def packed_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of packed copies, by way; what is float32 already has no wide one."""
+    return {PACKED: dtype} if dtype == torch.float32 else {PACKED: dtype, WIDE: torch.float32}
 
 
 class Shape(NamedTuple):
@@ -72,22 +76,38 @@ def ways(products: Sequence[Sequence[Tensor]]) -> list[Way]:
     if sum(weight.nbytes for weights in some.values() for weight in weights) >= LEAST:
         _FOUND.update(_tried(some))
     may_widen = sum(weight.numel() for weights in products for weight in weights) * WIDE_BYTES < memory() * MOST_MEMORY
-    return [
-        chosen(seconds, weights[0].dtype, may_widen) if (seconds := _FOUND.get(_shape(weights))) else Way(weights[0].dtype)
-        for weights in products
-    ]
+    return [chosen(seconds, may_widen) if (seconds := _FOUND.get(_shape(weights))) else Way() for weights in products]
 
 
-def chosen(seconds: Seconds, dtype: torch.dtype, may_widen: bool = True) -> Way:
-    """Every number of tokens counts alike. Where plain is faster the model's own weight is read, so that one copy is packed."""
+def chosen(seconds: Seconds, may_widen: bool = True) -> Way:
+    """For each number of tokens the fastest; another one than packed where it is faster by a tenth. Wide ones, which take a copy
+    of their own, where that is so of all numbers of tokens together, each of which counts alike."""
+    known = [way for way in EVERY if (way, 1) in seconds and (way != WIDE or may_widen)]
+    if _beside_packed(seconds, known) >= MARGIN * _beside_packed(seconds, [PLAIN, PACKED]):
+        known = [PLAIN, PACKED]
+    fastest = [min(known, key=lambda way: seconds[way, each]) for each in NUM_TOKENS]
+    pairs = zip(fastest, NUM_TOKENS, strict=True)
+    return Way(tuple(way if seconds[way, each] < MARGIN * seconds[PACKED, each] else PACKED for way, each in pairs))
 
-    def beside_packed(way: str) -> float:
-        return sum(min(seconds[PLAIN, each], seconds[way, each]) / seconds[PACKED, each] for each in NUM_TOKENS)
 
-    is_wide = may_widen and (WIDE, 1) in seconds and beside_packed(WIDE) < MARGIN * beside_packed(PACKED)
-    way = WIDE if is_wide else PACKED
-    faster = (each for each in NUM_TOKENS if seconds[PLAIN, each] < MARGIN * seconds[way, each])
-    return Way(torch.float32 if is_wide else dtype, frozenset(faster))
+def _beside_packed(seconds: Seconds, known: Sequence[str]) -> float:
+    return sum(min(seconds[way, each] for way in known) / seconds[PACKED, each] for each in NUM_TOKENS)
+
+
+Product = Callable[[Tensor], Tensor]
+"""x (..., in) -> (..., out)"""
+
+
+def products(siblings: Sequence[tuple[Tensor, Tensor | None]], names: Sequence[str]) -> dict[str, Product]:
+    """Of the weights (out, in) and biases (out) of siblings, by way; a copy is made for each but the plain one."""
+    whole = torch.cat([weight for weight, _ in siblings]) if len(siblings) > 1 else siblings[0][0]
+    biases = [bias for _, bias in siblings if bias is not None]
+    found: dict[str, Product] = {PLAIN: partial(plain_product, siblings=siblings)} if PLAIN in names else {}
+    for name, dtype in packed_dtypes(whole.dtype).items():
+        if name in names:
+            bias = torch.cat(biases).to(dtype) if biases else None
+            found[name] = partial(packed_product, weight=pack(whole, dtype), bias=bias)
+    return found
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,10 +121,10 @@ def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def plain_product(x: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """x (..., in) -> (..., out), of the weights (out, in) and biases (out) of siblings one behind the other."""
+def plain_product(x: Tensor, siblings: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """x (..., in) -> (..., out): what the weights and biases of siblings give, side by side."""
     rows = x.reshape(-1, x.shape[-1])  # of rows with gaps, `F.linear` would copy the weight instead
-    outputs = [F.linear(rows, weight, bias) for weight, bias in weights]
+    outputs = [F.linear(rows, weight, bias) for weight, bias in siblings]
     product = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
     return product.view(*x.shape[:-1], product.shape[-1])
 
@@ -142,26 +162,15 @@ def _some(products: Sequence[Sequence[Tensor]]) -> Some:
     return found
 
 
-Product = Callable[[Tensor], Tensor]
-
-
-def _products(weights: Sequence[Tensor]) -> dict[str, Product]:
-    """By way. No wide one of what is float32 already."""
-    own, whole = weights[0].dtype, torch.cat(list(weights))
-    dtypes = {PACKED: own, WIDE: torch.float32} if own != torch.float32 else {PACKED: own}
-    packed = {way: partial(packed_product, weight=pack(whole, dtype)) for way, dtype in dtypes.items()}
-    return {PLAIN: partial(plain_product, weights=[(weight, None) for weight in weights]), **packed}
-
-
 @torch.no_grad()
 def _tried(some: Some) -> dict[Shape, Seconds]:
     """Shape -> what its products took: the fastest of some passes over all that is tried."""
     least: dict[Shape, dict[tuple[str, int], float]] = defaultdict(dict)
-    products = {key: _products(weights) for key, weights in some.items()}
+    products_of = {key: products([(weight, None) for weight in weights], EVERY) for key, weights in some.items()}
     for num_tokens in NUM_TOKENS:
         for _ in range(REPEATS):
-            for way in (PLAIN, PACKED, WIDE):
-                those = {key: each[way] for key, each in products.items() if way in each}
+            for way in EVERY:
+                those = {key: each[way] for key, each in products_of.items() if way in each}
                 for shape, seconds in _pass(those, num_tokens).items():
                     least[shape][way, num_tokens] = min(seconds, least[shape].get((way, num_tokens), seconds))
     return dict(least)

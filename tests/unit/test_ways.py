@@ -21,29 +21,36 @@ def seconds(plain, packed, wide=None):
     return taken | ({(WIDE, each): float(wide(each)) for each in NUM_TOKENS} if wide else {})
 
 
+def way(name, *numbers):
+    """Packed, but for these numbers of tokens."""
+    return Way(tuple(name if each in numbers else PACKED for each in NUM_TOKENS))
+
+
+ALL_WIDE = way(WIDE, *NUM_TOKENS)
 CASES = {
-    "packed is faster": (seconds(lambda n: 2, lambda n: 1), Way(torch.float32)),
-    "plain is faster, by chance": (seconds(lambda n: 0.95, lambda n: 1), Way(torch.float32)),
-    "plain is faster for few": (seconds(lambda n: n, lambda n: 3.5), Way(torch.float32, frozenset({1, 2, 3}))),
-    "wide is faster": (seconds(lambda n: 99, lambda n: n, lambda n: n / 2), Way(torch.float32)),
-    "wide is faster, by chance": (seconds(lambda n: 99, lambda n: n, lambda n: n * 0.95), Way(torch.bfloat16)),
-    "wide is faster but for one token": (seconds(lambda n: n, lambda n: n, lambda n: 1.5), Way(torch.float32, frozenset({1}))),
+    "packed is faster": (seconds(lambda n: 2, lambda n: 1), Way()),
+    "plain is faster, by chance": (seconds(lambda n: 0.95, lambda n: 1), Way()),
+    "plain is faster for few": (seconds(lambda n: n, lambda n: 3.5), way(PLAIN, 1, 2, 3)),
+    "wide is faster": (seconds(lambda n: 99, lambda n: n, lambda n: n / 2), ALL_WIDE),
+    "wide is faster, by chance": (seconds(lambda n: 99, lambda n: n, lambda n: n * 0.95), Way()),
+    "wide is faster here and there": (seconds(lambda n: 99, lambda n: 1, lambda n: 0.5 if n == 1 else 1), Way()),
+    "wide is faster but for one token": (seconds(lambda n: n, lambda n: n, lambda n: 1.5), Way((PACKED, *ALL_WIDE.names[1:]))),
+    "all are": (seconds(lambda n: n / 2, lambda n: n, lambda n: 0.9), Way((PLAIN, *ALL_WIDE.names[1:]))),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_fastest_is_chosen(case):
     taken, expected = CASES[case]
-    dtype = torch.bfloat16 if (WIDE, 1) in taken else torch.float32
-    assert chosen(taken, dtype) == expected
+    assert chosen(taken) == expected
 
 
 def test_what_does_not_fit_is_not_widened(monkeypatch):
     taken, expected = CASES["wide is faster"]
-    assert chosen(taken, torch.bfloat16, may_widen=False) == Way(torch.bfloat16)
+    assert chosen(taken, may_widen=False) == Way()
     products = [[torch.zeros(8, 4, dtype=torch.bfloat16)]]
     monkeypatch.setattr(ways, "_FOUND", {ways._shape(products[0]): taken})
-    for room, way in ((8 * 4 * 4, Way(torch.bfloat16)), (8 * 4 * 4 + 1, expected)):
+    for room, way in ((8 * 4 * 4, Way()), (8 * 4 * 4 + 1, expected)):
         monkeypatch.setattr(ways, "memory", lambda room=room: room / ways.MOST_MEMORY)
         assert ways.ways(products) == [way]
 
@@ -55,14 +62,25 @@ def test_a_machine_that_does_not_tell_its_memory_widens_nothing(monkeypatch):
 
 
 def test_numbers_in_between_go_as_the_next_smaller_one():
-    way = Way(torch.float32, frozenset({1, 4, NUM_TOKENS[-1]}))
-    assert [way.is_plain(each) for each in (0, 1, 2, 3, 4, 5, 6, 7, 31, 32, 1000)] == [
-        *(True, True, False, False, True, True),
-        *(False, False, False, True, True),
-    ]
+    found = way(PLAIN, 1, 4, NUM_TOKENS[-1])
+    plain = [each for each in (0, 1, 2, 3, 4, 5, 6, 7, 31, 32, 1000) if found.of(each) == PLAIN]
+    assert plain == [0, 1, 4, 5, 32, 1000]
 
 
-WAYS = [Way(torch.float32), Way(torch.float32, frozenset({1, 2, 3})), Way(torch.float32, frozenset(NUM_TOKENS))]
+WAYS = {
+    "packed": Way(),
+    "wide": ALL_WIDE,
+    "plain": way(PLAIN, *NUM_TOKENS),
+    "plain for few": way(PLAIN, 1, 2, 3),
+    "each": Way((PLAIN, PACKED, WIDE, *ALL_WIDE.names[3:])),
+}
+
+
+def given(name, dtype):
+    """That way for every product; what is float32 has no wide one."""
+    names = WAYS[name].names
+    way = Way(tuple(PACKED if each == WIDE else each for each in names)) if dtype == torch.float32 else WAYS[name]
+    return lambda products: [way] * len(products)
 
 
 def siblings(dtype, bias):
@@ -75,12 +93,10 @@ def siblings(dtype, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("way", [*WAYS, Way(torch.bfloat16, frozenset({1}))])
+@pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_every_way_says_what_the_linears_say_and_follows_them(monkeypatch, dtype, bias, way):
-    if way.dtype == torch.bfloat16 and not (dtype == way.dtype and can_pack(dtype)):
-        pytest.skip("weights are not rounded")
-    monkeypatch.setattr(packing, "ways", lambda products: [way] * len(products))
+    monkeypatch.setattr(packing, "ways", given(way, dtype))
     module, close = siblings(dtype, bias), 1e-5 if dtype == torch.float32 else 2e-2
     packed, inputs = Packing([module]), [torch.randn(n, 24).to(dtype) for n in (1, 2, 3, 4, 40)]
     for change in (lambda weight: weight, lambda weight: weight * 2, lambda weight: nn.Parameter(weight + 1)):
@@ -99,18 +115,19 @@ def test_every_way_says_what_the_linears_say_and_follows_them(monkeypatch, dtype
 @pytest.mark.parametrize("num_drafted", [0, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_text_is_that_of_plain_decoding(monkeypatch, name, num_drafted, way):
-    monkeypatch.setattr(packing, "ways", lambda products: [way] * len(products))
+    monkeypatch.setattr(packing, "ways", given(way, torch.float32))
     monkeypatch.setattr(packing, "_KNOWN", type(packing._KNOWN)())
     decoder = MTPDecoder.from_model(tiny.target(name), head=tiny.head(name, 2), num_speculative_tokens=num_drafted, packed=True)
     rows = tiny.prompts()
     sequences = decoder.generate(**tiny.padded(rows), max_new_tokens=40, do_sample=False)
-    tiny.assert_rows(sequences, 9, [tiny.plain(name, row, max_new_tokens=40) for row in rows], str(way))
+    tiny.assert_rows(sequences, 9, [tiny.plain(name, row, max_new_tokens=40) for row in rows], way)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_copy_is_as_large_as_it_says(monkeypatch, dtype):
-    monkeypatch.setattr(packing, "ways", lambda products: [Way(torch.float32)] * len(products))
-    assert Packing([siblings(dtype, True)]).num_bytes == 64 * 24 * 4
+@pytest.mark.parametrize(("name", "num_bytes"), [("packed", 2), ("wide", 4), ("plain", 0), ("plain for few", 2), ("each", 6)])
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed bfloat16 here")
+def test_copies_are_as_large_as_they_say(monkeypatch, name, num_bytes):
+    monkeypatch.setattr(packing, "ways", given(name, torch.bfloat16))
+    assert Packing([siblings(torch.bfloat16, True)]).num_bytes == 64 * 24 * num_bytes
 
 
 def few_and_many():
@@ -123,7 +140,7 @@ def test_every_shape_is_tried_once_and_few_weights_never(monkeypatch):
     tried, really = [], ways._tried
     monkeypatch.setattr(ways, "_tried", lambda some: tried.append([shape for shape, _ in some]) or really(some))
     few, many = few_and_many()
-    assert ways.ways(few) == [Way(torch.float32)]
+    assert ways.ways(few) == [Way()]
     assert not tried
     found = ways.ways(many)
     assert found == ways.ways(many), "a second time it is known"
@@ -143,11 +160,11 @@ def test_what_took_longer_is_not_taken(monkeypatch):
     monkeypatch.setattr(ways, "_FOUND", {})
     clock, product = itertools.count(1.0), ways.packed_product
 
-    def slowed(x, weight):
+    def slowed(x, weight, bias):
         if len(x) < 4:
             next(clock)
-        return product(x, weight)
+        return product(x, weight, bias)
 
     monkeypatch.setattr(ways, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(ways, "packed_product", slowed)
-    assert set(ways.ways(few_and_many()[1])) == {Way(torch.float32, frozenset({1, 2, 3}))}
+    assert set(ways.ways(few_and_many()[1])) == {way(PLAIN, 1, 2, 3)}
