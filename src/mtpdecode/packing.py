@@ -9,18 +9,16 @@ plain product is the faster one, or one in float32, that is taken (`ways.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, library, nn
 
-from .ways import Way, pack, packed_product, products, ways
+from .ways import Multiplier, Way, can_pack, multipliers, ways
 
 SAMPLES = 64
 """Numbers of each weight that are compared with those of the time it was packed."""
@@ -40,7 +38,7 @@ class Weights(NamedTuple):
     """What a product multiplies by: for each name of the way, the weights of all siblings, ready to be multiplied by."""
 
     way: Way
-    products: dict[str, Callable[[Tensor], Tensor]]
+    multipliers: dict[str, Multiplier]
 
 
 _WEIGHTS: dict[int, Weights] = {}
@@ -51,8 +49,8 @@ _LIBRARY.define("packed_linear(Tensor x, int number, int num_out) -> Tensor")  #
 
 
 def _packed_linear(x: Tensor, number: int, num_out: int) -> Tensor:
-    way, products = _WEIGHTS[number]
-    return products[way.of(x.numel() // x.shape[-1])](x)
+    weights = _WEIGHTS[number]
+    return weights.multipliers[weights.way.of(x.numel() // x.shape[-1])](x)
 
 
 _LIBRARY.impl("packed_linear", _packed_linear, "CPU")  # type: ignore[no-untyped-call]
@@ -92,7 +90,7 @@ class Product:
         if not (known == self._known and torch.equal(samples, self._samples)):
             self._known, self._samples = known, samples
             siblings = [(linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears]
-            _WEIGHTS[self.number] = Weights(self.way, products(siblings, self.way.names))
+            _WEIGHTS[self.number] = Weights(self.way, multipliers(siblings, self.way.names))
 
 
 class PackedLinear:
@@ -227,16 +225,3 @@ def _is_packable(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     return module.weight.device.type == "cpu" and can_pack(module.weight.dtype)
-
-
-@cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch packs such weights, and multiplies with them rightly."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    x, weight = torch.linspace(-1, 1, 3 * 16).view(3, 16).to(dtype), torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
-    try:
-        product = packed_product(x, pack(weight, dtype))
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.allclose(product.float(), F.linear(x, weight).float(), rtol=2e-2, atol=1e-2)

@@ -13,7 +13,7 @@ import os
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -50,8 +50,9 @@ class Way(NamedTuple):
 
 
 def packed_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Of packed copies, by way; what is float32 already has no wide one."""
-    return {PACKED: dtype} if dtype == torch.float32 else {PACKED: dtype, WIDE: torch.float32}
+    """Of packed copies, by way; what is float32 already has no wide one, nor has any where float32 is not packed."""
+    is_widened = dtype != torch.float32 and can_pack(torch.float32)
+    return {PACKED: dtype, WIDE: torch.float32} if is_widened else {PACKED: dtype}
 
 
 class Shape(NamedTuple):
@@ -94,15 +95,15 @@ def _beside_packed(seconds: Seconds, known: Sequence[str]) -> float:
     return sum(min(seconds[way, each] for way in known) / seconds[PACKED, each] for each in NUM_TOKENS)
 
 
-Product = Callable[[Tensor], Tensor]
+Multiplier = Callable[[Tensor], Tensor]
 """x (..., in) -> (..., out)"""
 
 
-def products(siblings: Sequence[tuple[Tensor, Tensor | None]], names: Sequence[str]) -> dict[str, Product]:
+def multipliers(siblings: Sequence[tuple[Tensor, Tensor | None]], names: Sequence[str]) -> dict[str, Multiplier]:
     """Of the weights (out, in) and biases (out) of siblings, by way; a copy is made for each but the plain one."""
     whole = torch.cat([weight for weight, _ in siblings]) if len(siblings) > 1 else siblings[0][0]
     biases = [bias for _, bias in siblings if bias is not None]
-    found: dict[str, Product] = {PLAIN: partial(plain_product, siblings=siblings)} if PLAIN in names else {}
+    found: dict[str, Multiplier] = {PLAIN: partial(plain_product, siblings=siblings)} if PLAIN in names else {}
     for name, dtype in packed_dtypes(whole.dtype).items():
         if name in names:
             bias = torch.cat(biases).to(dtype) if biases else None
@@ -127,6 +128,19 @@ def plain_product(x: Tensor, siblings: Sequence[tuple[Tensor, Tensor | None]]) -
     outputs = [F.linear(rows, weight, bias) for weight, bias in siblings]
     product = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
     return product.view(*x.shape[:-1], product.shape[-1])
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch packs such weights, and multiplies with them rightly."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    x, weight = torch.linspace(-1, 1, 3 * 16).view(3, 16).to(dtype), torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
+    try:
+        product = packed_product(x, pack(weight, dtype))
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(product.float(), F.linear(x, weight).float(), rtol=2e-2, atol=1e-2)
 
 
 def memory() -> int:
@@ -166,22 +180,22 @@ def _some(products: Sequence[Sequence[Tensor]]) -> Some:
 def _tried(some: Some) -> dict[Shape, Seconds]:
     """Shape -> what its products took: the fastest of some passes over all that is tried."""
     least: dict[Shape, dict[tuple[str, int], float]] = defaultdict(dict)
-    products_of = {key: products([(weight, None) for weight in weights], EVERY) for key, weights in some.items()}
+    tried = {key: multipliers([(weight, None) for weight in weights], EVERY) for key, weights in some.items()}
     for num_tokens in NUM_TOKENS:
         for _ in range(REPEATS):
             for way in EVERY:
-                those = {key: each[way] for key, each in products_of.items() if way in each}
+                those = {key: each[way] for key, each in tried.items() if way in each}
                 for shape, seconds in _pass(those, num_tokens).items():
                     least[shape][way, num_tokens] = min(seconds, least[shape].get((way, num_tokens), seconds))
     return dict(least)
 
 
-def _pass(products: Mapping[tuple[Shape, int], Product], num_tokens: int) -> dict[Shape, float]:
+def _pass(those: Mapping[tuple[Shape, int], Multiplier], num_tokens: int) -> dict[Shape, float]:
     """Shape -> seconds of its products, all of them one behind the other."""
     spent: dict[Shape, float] = defaultdict(float)
-    inputs = {(shape.num_in, shape.dtype): torch.ones(num_tokens, shape.num_in, dtype=shape.dtype) for shape, _ in products}
-    for (shape, _), product in products.items():
+    inputs = {(shape.num_in, shape.dtype): torch.ones(num_tokens, shape.num_in, dtype=shape.dtype) for shape, _ in those}
+    for (shape, _), multiply in those.items():
         x, begin = inputs[shape.num_in, shape.dtype], perf_counter()
-        product(x)
+        multiply(x)
         spent[shape] += perf_counter() - begin
     return spent

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mtpdecode import MTPDecoder, packing, ways
-from mtpdecode.packing import Packing, can_pack
-from mtpdecode.ways import NUM_TOKENS, PACKED, PLAIN, WIDE, Way, chosen
+from mtpdecode.packing import Packing
+from mtpdecode.ways import NUM_TOKENS, PACKED, PLAIN, WIDE, Way, can_pack, chosen
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch packs no weights")
