@@ -2,9 +2,9 @@
 
 oneDNN computes `x @ weight.T` in blocks of its own; handed a plain weight it lays it out anew, or multiplies slowly, every time.
 PyTorch packs ahead where it also freezes weights into a graph: a copy for every graph, blind to later changes, and nothing for
-rounds that are not compiled. So the two operators behind that are called here: `_reorder_linear_weight` and `_linear_pointwise`.
-They are PyTorch's own business, hence `can_pack`, which tries them out; where they fail, weights stay as they are. Where the
-plain product is the faster one, or one in float32, that is taken (`ways.py`).
+rounds that are not compiled. So the two operators behind that are called (`ways.py`): `_reorder_linear_weight` and
+`_linear_pointwise`. They are PyTorch's own business, hence `can_pack`, which tries them out; where they fail, weights stay as
+they are. Where the plain product is the faster one, or one in float32, that is taken.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mtpdecode import MTPDecoder, packing
-from mtpdecode.packing import PackedLinear, Packing, Product, can_pack
-from mtpdecode.ways import Way
+from mtpdecode.packing import PackedLinear, Packing, Product
+from mtpdecode.ways import Way, can_pack
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch packs no weights")

@@ -55,6 +55,14 @@ def test_what_does_not_fit_is_not_widened(monkeypatch):
         assert ways.ways(products) == [way]
 
 
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no packed bfloat16 here")
+def test_nothing_is_widened_where_float32_is_not_packed(monkeypatch):
+    assert ways.packed_dtypes(torch.bfloat16) == {PACKED: torch.bfloat16, WIDE: torch.float32}
+    monkeypatch.setattr(ways, "can_pack", lambda dtype: dtype != torch.float32)
+    assert ways.packed_dtypes(torch.bfloat16) == {PACKED: torch.bfloat16}
+    assert list(ways.multipliers([(torch.zeros(8, 4, dtype=torch.bfloat16), None)], ways.EVERY)) == [PLAIN, PACKED]
+
+
 def test_a_machine_that_does_not_tell_its_memory_widens_nothing(monkeypatch):
     assert ways.memory() > 2**28
     monkeypatch.delattr("os.sysconf")
